@@ -1,0 +1,67 @@
+"""Blocks: the repeated layers of a model, and where their weights come from."""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_sparse.errors import ModelError
+from hf_sparse.sites import plain_name
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated layer; `stack` names the list it stands in (an encoder-decoder or vision-language model has two)."""
+
+    index: int  # position among all blocks of the model
+    name: str  # as `model.get_submodule` takes it
+    stack: str
+    module: nn.Module
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters())
+
+
+def _is_stack(module: nn.Module, layer_classes: set[str]) -> bool:
+    if not isinstance(module, nn.ModuleList) or len(module) == 0:
+        return False
+    layers = [child for child in module if _has_matrices(child)]
+    return bool(layers) and all(
+        isinstance(child, GradientCheckpointingLayer) or type(child).__name__ in layer_classes for child in layers
+    )
+
+
+def _stacks(model: nn.Module, layer_classes: set[str]) -> list[str]:
+    """Names of the innermost lists of layers: a stage that itself holds a list of layers is not a block."""
+    names = [name for name, module in model.named_modules() if _is_stack(module, layer_classes)]
+    return [name for name in names if not any(other.startswith(name + ".") for other in names)]
+
+
+def _outermost_lists(model: nn.Module) -> list[str]:
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(_has_matrices(child) for child in module)
+    ]
+    return [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The blocks of a model in the order in which the modules were made.
+
+    Transformers marks its layers as `GradientCheckpointingLayer` or names their classes in `_no_split_modules`; older and
+    foreign code is searched for its outermost module lists.
+
+    Raises: ModelError where the model has no list of layers at all.
+    """
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    stacks = _stacks(model, classes) or _outermost_lists(model)
+    found: list[Block] = []
+    for stack in stacks:
+        for child_name, child in model.get_submodule(stack).named_children():
+            if _has_matrices(child):
+                found.append(Block(len(found), f"{stack}.{child_name}", plain_name(stack), child))
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no list of layers, so there are no blocks to prune.")
+    return found

@@ -1,0 +1,1 @@
+"""Where the weight matrices of a model lie: four layouts cover nearly every family of Transformers."""

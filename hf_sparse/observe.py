@@ -1,0 +1,101 @@
+"""Sees every matrix product with a site's weight while a block runs, whatever code of the model makes it.
+
+A torch function mode looks at the operands of linear, addmm, matmul and bmm and recognises weights by where they lie in memory.
+So a Linear, a Conv1D, one expert's slice of a 3-D parameter and a bare parameter in foreign code are all observed alike, and no
+module of the model has to be known by name or replaced.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from hf_sparse.sites import Site, parameter_of
+
+
+class Operand(NamedTuple):
+    """A stored weight as it takes part in a product: a parameter, or one expert's slice of it."""
+
+    module: str
+    parameter: str
+    expert: int | None
+
+
+def operand_of(site: Site) -> Operand:
+    """The operand that the site is (a part of the rows of)."""
+    return Operand(site.module, site.parameter, site.expert)
+
+
+# (operand, input with the contraction dimension last, product) -> what the model shall go on with instead, or None
+Seen = Callable[[Operand, torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+_LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}  # type: ignore[attr-defined]
+_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__}
+_ADDED = {torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm}
+
+
+class _Stored(NamedTuple):
+    start: int
+    end: int
+    module: str
+    parameter: str
+    expert_bytes: int | None  # bytes from one expert to the next, or None for a matrix
+    experts: int
+
+
+class Observer(TorchFunctionMode):
+    """Context manager; inside it `seen` is called for every product of the block with one of the sites' weights."""
+
+    def __init__(self, model: nn.Module, sites: Iterable[Site], seen: Seen) -> None:
+        super().__init__()
+        self._seen = seen
+        found: dict[int, _Stored] = {}
+        for site in sites:
+            weight = parameter_of(model, site)
+            bytes_each = weight.stride(0) * weight.element_size() if site.expert is not None else None
+            end = weight.data_ptr() + weight.numel() * weight.element_size()
+            experts = weight.shape[0] if site.expert is not None else 1
+            found[weight.data_ptr()] = _Stored(weight.data_ptr(), end, site.module, site.parameter, bytes_each, experts)
+        self._stored = [found[start] for start in sorted(found)]
+        self._starts = [stored.start for stored in self._stored]
+
+    def _find(self, tensor: object) -> _Stored | None:
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim < 2:
+            return None
+        address = tensor.data_ptr()
+        at = bisect_right(self._starts, address) - 1
+        return self._stored[at] if at >= 0 and address < self._stored[at].end else None
+
+    def _report(self, stored: _Stored, weight: torch.Tensor, x: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+        if stored.expert_bytes is None:
+            changed = self._seen(Operand(stored.module, stored.parameter, None), x, product)
+            return product if changed is None else changed
+        if weight.ndim == 2:
+            expert = (weight.data_ptr() - stored.start) // stored.expert_bytes
+            changed = self._seen(Operand(stored.module, stored.parameter, expert), x, product)
+            return product if changed is None else changed
+        for expert in range(min(stored.experts, len(x))):  # all experts in one batched product
+            changed = self._seen(Operand(stored.module, stored.parameter, expert), x[expert], product[expert])
+            if changed is not None:
+                product = product.index_copy(0, torch.tensor([expert], device=product.device), changed[None])
+        return product
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _LINEAR:
+            named = kwargs or {}
+            x, weight = args[0] if args else named["input"], args[1] if len(args) > 1 else named["weight"]
+        elif func in _PRODUCTS and len(args) == 2:
+            x, weight = args
+        elif func in _ADDED and len(args) >= 3:
+            x, weight = args[1], args[2]
+        else:
+            return result
+        if stored := self._find(weight):
+            return self._report(stored, weight, x, result)
+        if func not in _LINEAR and (stored := self._find(x)):  # weight on the left: tokens are the columns of the other side
+            return self._report(stored, x, weight.mT, result.mT).mT
+        return result
