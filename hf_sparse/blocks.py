@@ -1,15 +1,19 @@
 """Blocks: the repeated layers of a model, and where their weights come from."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_sparse import offload
 from hf_sparse.errors import ModelError
 from hf_sparse.sites import plain_name
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Block:
     """One repeated layer; `stack` names the list it stands in (an encoder-decoder or vision-language model has two)."""
 
@@ -17,6 +21,30 @@ class Block:
     name: str  # as `model.get_submodule` takes it
     stack: str
     module: nn.Module
+    _brought: offload.Brought = field(default_factory=list, init=False, repr=False)
+
+    @contextmanager
+    def loaded(self, device: str | torch.device | None = None) -> Iterator[None]:
+        """Make the weights real, on `device` where one is given; afterwards they are back where they were.
+
+        Changes to weights in memory stay; changes to offloaded ones only after `commit()`.
+        """
+        self._brought = offload.bring_in(self.module)
+        home = None
+        try:
+            if device is not None and not self._brought:
+                home = next(self.module.parameters()).device
+                self.module.to(device)
+            yield
+        finally:
+            if home is not None:
+                self.module.to(home)
+            offload.send_out(self._brought)
+            self._brought = []
+
+    def commit(self) -> None:
+        """Inside `loaded()`: write the weights back to where offloading took them from; in memory nothing is left to do."""
+        offload.write_back(self._brought)
 
 
 def _has_matrices(module: nn.Module) -> bool:

@@ -6,7 +6,8 @@ module of the model has to be known by name or replaced.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ def operand_of(site: Site) -> Operand:
 # (operand, input with the contraction dimension last, product) -> what the model shall go on with instead, or None
 Seen = Callable[[Operand, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
+_EXPERTS = "_experts_implementation_internal"  # the public attribute would set the configs inside too
 _LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}  # type: ignore[attr-defined]
 _PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__}
 _ADDED = {torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm}
@@ -46,6 +48,20 @@ class _Stored(NamedTuple):
     experts: int
 
 
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Let every expert make its own products meanwhile: grouped kernels would hide them from the observer."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), _EXPERTS)}
+    before = {key: getattr(config, _EXPERTS) for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            setattr(config, _EXPERTS, "eager")
+        yield
+    finally:
+        for key, config in configs.items():
+            setattr(config, _EXPERTS, before[key])
+
+
 class Observer(TorchFunctionMode):
     """Context manager; inside it `seen` is called for every product of the block with one of the sites' weights."""
 
@@ -55,9 +71,10 @@ class Observer(TorchFunctionMode):
         found: dict[int, _Stored] = {}
         for site in sites:
             weight = parameter_of(model, site)
-            bytes_each = weight.stride(0) * weight.element_size() if site.expert is not None else None
+            experts = site.stacked or (weight.shape[0] if site.expert is not None else 1)
+            rows_each = weight.shape[0] // experts
+            bytes_each = rows_each * weight.stride(0) * weight.element_size() if site.expert is not None else None
             end = weight.data_ptr() + weight.numel() * weight.element_size()
-            experts = weight.shape[0] if site.expert is not None else 1
             found[weight.data_ptr()] = _Stored(weight.data_ptr(), end, site.module, site.parameter, bytes_each, experts)
         self._stored = [found[start] for start in sorted(found)]
         self._starts = [stored.start for stored in self._stored]
@@ -77,6 +94,7 @@ class Observer(TorchFunctionMode):
             expert = (weight.data_ptr() - stored.start) // stored.expert_bytes
             changed = self._seen(Operand(stored.module, stored.parameter, expert), x, product)
             return product if changed is None else changed
+        x = x.expand(*product.shape[:-1], x.shape[-1])  # every expert may be given the same tokens
         for expert in range(min(stored.experts, len(x))):  # all experts in one batched product
             changed = self._seen(Operand(stored.module, stored.parameter, expert), x[expert], product[expert])
             if changed is not None:

@@ -49,6 +49,7 @@ class Site:
     expert: int | None = None  # index along the first dimension of a 3-D parameter
     transposed: bool = False  # stored as (in, out): Conv1D and some expert parameters
     rows: Rows | None = None  # None: all rows
+    stacked: int | None = None  # a matrix that holds this many experts one below the other, as DBRX does
 
     @property
     def size(self) -> int:
@@ -65,6 +66,8 @@ def parameter_of(model: nn.Module, site: Site) -> nn.Parameter:
 
 def view(tensor: torch.Tensor, site: Site) -> torch.Tensor:
     """The site inside its stored tensor, as (out, in) or, for fused rows, (outer, parts, inner, in); never a copy."""
+    if site.stacked is not None:
+        tensor = tensor.unflatten(0, (site.stacked, -1))
     matrix = tensor if site.expert is None else tensor[site.expert]
     if site.transposed:
         matrix = matrix.T
@@ -85,3 +88,12 @@ def write_(model: nn.Module, site: Site, matrix: torch.Tensor) -> None:
         raise ModelError(f"{site.name} has shape {site.shape}, the matrix to write has {tuple(matrix.shape)}.")
     target = view(parameter_of(model, site).detach(), site)
     target.copy_(matrix.reshape(target.shape))
+
+
+def stored_rows(site: Site) -> torch.Tensor:
+    """Which row of the stored matrix (output channel of the module's product) each row of the site is, as int64."""
+    if site.rows is None:
+        return torch.arange(site.shape[0])
+    rows = site.rows
+    every = torch.arange(rows.outer * rows.parts * rows.inner).view(rows.outer, rows.parts, rows.inner)
+    return every[:, rows.start : rows.stop].reshape(-1)

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, __version__
 
-from hf_sparse.embedded import corpus
+from hf_sparse import stdlib_text
 
 VOCABULARY, WINDOW, TOKENS_A_STEP = 2048, 512, 8192
 # Digits stay single, runs of blanks stay together: indentation is half of what there is to learn in source code.
@@ -78,10 +78,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
-    texts = corpus.texts("training")
+    texts = stdlib_text.texts("training")
     tokenizer = train_tokenizer(texts)
     tokens = encode(tokenizer, texts)
-    heldout = encode(tokenizer, corpus.texts("evaluation"))
+    heldout = encode(tokenizer, stdlib_text.texts("evaluation"))
     model = build(arguments.seed)
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in model.parameters() if all(parameter is not matrix for matrix in matrices)]
@@ -124,9 +124,9 @@ def main() -> None:
         "parameters": model.num_parameters(), "training_tokens": len(tokens), "steps": step,
         "tokens_seen": step * TOKENS_A_STEP, "minutes": arguments.minutes, "seed": arguments.seed,
         "learning_rate": arguments.lr, "held_out_loss": loss, "held_out_perplexity": math.exp(loss),
-        "fingerprints": {split: corpus.fingerprint(split) for split in ("training", "evaluation")},
+        "fingerprints": {split: stdlib_text.fingerprint(split) for split in ("training", "evaluation")},
         "python": platform.python_version(), "torch": torch.__version__, "transformers": __version__,
-        "command": "python -m hf_sparse.embedded.train " + " ".join(sys.argv[2:] and ["DESTINATION", *sys.argv[2:]] or ["DESTINATION"]),
+        "command": " ".join(["python -m hf_sparse.embedded.train DESTINATION", *sys.argv[2:]]),
     }  # fmt: skip
     (arguments.destination / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))

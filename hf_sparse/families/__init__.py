@@ -1,1 +1,94 @@
-"""Where the weight matrices of a model lie: four layouts cover nearly every family of Transformers."""
+"""Finds the sites of a model: every matrix that its blocks multiply with, whatever tensor holds it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from hf_sparse.blocks import Block, find_blocks
+from hf_sparse.families.exclusions import Exclusions, leftover
+from hf_sparse.families.experts import sites_of_experts
+from hf_sparse.families.linear import sites_of_linear
+from hf_sparse.sites import Site
+
+
+_PARTNERS: dict[str, set[str | None]] = {"o": {"v"}, "gate": {"up", "down"}, "up": {"down"}, "down": {"up"}}
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a model's blocks hold: sites to prune, and what is left out and why."""
+
+    blocks: list[Block]
+    sites: dict[int, list[Site]]  # block index -> sites in module order
+    left_out: dict[str, str]  # "module.path.parameter" -> one sentence
+
+    def all(self) -> list[Site]:
+        """The sites of all blocks, in the order of the blocks."""
+        return [site for block in self.blocks for site in self.sites[block.index]]
+
+
+def find_sites(model: nn.Module) -> Inventory:
+    """Every matrix product's weight inside the model's blocks as a site, and a reason for each parameter that is none."""
+    blocks = find_blocks(model)
+    exclusions = Exclusions(model)
+    seen: dict[int, str] = {}
+    left_out: dict[str, str] = {}
+    sites = {block.index: _with_partners(_sites_of_block(block, exclusions, seen, left_out)) for block in blocks}
+    return Inventory(blocks, sites, left_out)
+
+
+def _sites_of_block(block: Block, exclusions: Exclusions, seen: dict[int, str], left_out: dict[str, str]) -> list[Site]:
+    found: list[Site] = []
+    for path, module, owner in _modules(block.name, block.module, block.module, left_out):
+        exclusions.enter(path, module)
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}"
+            if parameter.ndim < 2:
+                continue
+            if id(parameter) in seen:
+                if seen[id(parameter)] != full:
+                    left_out[full] = f"It is the same tensor as {seen[id(parameter)]}."
+                continue
+            seen[id(parameter)] = full
+            reason = exclusions.reason(path, module, owner, name, parameter)
+            sites = [] if reason else sites_of_experts(path, module, name, parameter)
+            sites = sites or ([] if reason else sites_of_linear(path, module, owner, name, parameter))
+            if not sites:
+                left_out[full] = reason or leftover(module, name, parameter)
+            found.extend(sites)
+    return found
+
+
+def _modules(
+    path: str, module: nn.Module, owner: nn.Module, left_out: dict[str, str]
+) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(path, module, owner) below a module; of an adapted layer only the layer inside the adapter."""
+    base = getattr(module, "base_layer", None)
+    if isinstance(base, nn.Module):
+        for name, parameter in module.named_parameters():
+            if parameter.ndim >= 2 and not name.startswith("base_layer."):
+                left_out[f"{path}.{name}"] = "It belongs to an adapter."
+        yield from _modules(f"{path}.base_layer", base, owner, left_out)
+        return
+    yield path, module, owner
+    for name, child in module.named_children():
+        yield from _modules(f"{path}.{name}", child, module, left_out)
+
+
+def _with_partners(sites: list[Site]) -> list[Site]:
+    """Takes back roles that make no sense alone: an out projection without values, a gate without up and down."""
+    return [site if _has_partner(site, sites) else replace(site, role=None) for site in sites]
+
+
+def _has_partner(site: Site, sites: list[Site]) -> bool:
+    needed = _PARTNERS.get(site.role or "")
+    if needed is None:
+        return True
+    path = site.module.removesuffix(".base_layer").removesuffix(".linear").split(".")
+    far = site.expert is not None or path[-1] == "dense" or path[-1].isdigit()  # BERT: attention.self beside attention.output
+    for levels in (1, 2) if far else (1,):
+        near = ".".join(path[:-levels]) + "."
+        if needed <= {other.role for other in sites if f"{other.module}.".startswith(near)}:
+            return True
+    return False

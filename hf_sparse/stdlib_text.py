@@ -1,11 +1,11 @@
-"""The text of the embedded model: the sources of Python's own standard library, split by file."""
+"""A text that is always at hand: the sources of Python's own standard library, split by file."""
 
 import hashlib
 import sysconfig
 from pathlib import Path
 from typing import Literal, get_args
 
-from hf_sparse.errors import CalibrationError
+from hf_sparse.errors import CalibrationError, unknown
 
 Split = Literal["training", "calibration", "development", "evaluation"]
 
@@ -34,16 +34,16 @@ def split_of(name: str) -> Split:
     return {0: "evaluation", 1: "calibration", 2: "development"}.get(bucket, "training")  # type: ignore[return-value]
 
 
-def files(split: Split) -> list[Path]:
+def files(split: str) -> list[Path]:
     """The source files of one split, in the order of their names."""
     if split not in get_args(Split):
-        raise CalibrationError(f"split {split!r} does not exist; allowed: {', '.join(get_args(Split))}.")
+        raise CalibrationError(unknown("split of the standard library", split, get_args(Split)))
     folder = stdlib_folder()
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     return [folder / name for name in names if not _LEFT_OUT & set(name.split("/")) and split_of(name) == split]
 
 
-def texts(split: Split) -> list[str]:
+def texts(split: str) -> list[str]:
     """The files of one split as text; what is not UTF-8 is left out (only tests of encodings are)."""
     found = []
     for path in files(split):
@@ -56,7 +56,7 @@ def texts(split: Split) -> list[str]:
     return found
 
 
-def fingerprint(split: Split) -> str:
+def fingerprint(split: str) -> str:
     """First 16 hexadecimal digits of the SHA-256 over the split's texts: equal text, equal fingerprint."""
     digest = hashlib.sha256()
     for text in texts(split):

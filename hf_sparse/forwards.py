@@ -1,0 +1,123 @@
+"""Runs a model on many batches at once, block by block, with the model's own code between the blocks.
+
+Each batch's forward pass runs in a greenlet that pauses whenever the model calls one of its blocks. The driver collects the
+arguments of all batches, may call the block as often as it likes, and resumes each pass with the output that it chooses. So the
+arguments of a block are exactly the model's, none is named here, and whatever stands between blocks (position biases handed on,
+features added, an encoder's output) happens as the model's authors wrote it.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import greenlet
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hf_sparse.blocks import Block
+
+
+@dataclass
+class Call:
+    """One batch waiting at one block."""
+
+    batch: int  # index of the batch
+    block: Block
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    run: Callable[..., Any]  # the block's own forward
+    output: Any = None
+
+    def __call__(self, device: str | torch.device | None = None) -> Any:
+        """Run the block on this call's arguments; with `device` they go there, and the output comes back."""
+        if device is None:
+            return self.run(*self.args, **self.kwargs)
+        home = next((leaf.device for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)), None)
+        args, kwargs = moved((self.args, self.kwargs), device)
+        return moved(self.run(*args, **kwargs), home)
+
+
+def moved(tree: Any, device: str | torch.device | None) -> Any:
+    """The same structure with its tensors on `device`."""
+    return tree if device is None else tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def main_tensor(output: Any) -> torch.Tensor | None:
+    """The hidden states among what a block returned: its first floating-point tensor."""
+    return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give one module another forward; an instance's own (accelerate's hooks set one) comes back afterwards."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def watched(blocks: Sequence[Block], call: Callable[[Block, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Inside, every block's forward goes through `call(block, its own forward, args, kwargs)`."""
+    with ExitStack() as stack:
+        for block in blocks:
+            own = block.module.forward
+
+            def forward(*args: Any, _block: Block = block, _own: Callable[..., Any] = own, **kwargs: Any) -> Any:
+                return call(_block, _own, args, kwargs)
+
+            stack.enter_context(_replaced(block.module, forward))
+        yield
+
+
+def walk(blocks: Sequence[Block], passes: Sequence[Callable[[], Any]]) -> Generator[list[Call], None, None]:
+    """Yield the calls waiting at one block, for one block after the other; each call's `output` must be set before going on.
+
+    `passes` run the model on one batch each. Closing the generator ends them where they are, so the head need not run.
+    """
+    workers: dict[greenlet, int] = {}
+
+    def pause(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        worker = greenlet.getcurrent()
+        if worker not in workers:  # another thread uses the model meanwhile
+            return run(*args, **kwargs)
+        call = Call(workers[worker], block, args, kwargs, run)
+        driver.switch(call)
+        output, call.output = call.output, None
+        return output
+
+    with watched(blocks, pause):
+        driver = greenlet.getcurrent()
+        order: dict[int, int] = {}  # block index -> when it was first met
+        waiting: list[tuple[greenlet, Call]] = []
+
+        def advance(worker: greenlet) -> None:
+            call = worker.switch()
+            if isinstance(call, Call) and not worker.dead:
+                order.setdefault(call.block.index, len(order))
+                waiting.append((worker, call))
+
+        try:
+            for number, run in enumerate(passes):
+                worker = greenlet(run)
+                workers[worker] = number
+                advance(worker)
+            while waiting:
+                front = min((call.block.index for _, call in waiting), key=order.__getitem__)
+                here = [pair for pair in waiting if pair[1].block.index == front]
+                waiting[:] = [pair for pair in waiting if pair[1].block.index != front]
+                yield [call for _, call in here]
+                while here:
+                    worker, _ = here.pop(0)  # the driver must not keep a call's input alive beside its output
+                    advance(worker)
+        finally:
+            for worker in workers:
+                if not worker.dead:
+                    worker.throw()

@@ -1,0 +1,179 @@
+"""The plugin: `from_pretrained(..., sparsity_config=...)` prunes, and sparse models save what they know about themselves."""
+
+import functools
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils import cached_file
+
+from hf_sparse import checkpoint
+from hf_sparse.config import SparsityConfig
+from hf_sparse.errors import CalibrationError, ConfigError
+from hf_sparse.prune import prune_
+from hf_sparse.registry import METRICS
+
+_LOCK = threading.Lock()
+_enabled = False
+# Arguments of from_pretrained that the tokenizer beside the model needs as well.
+_SHARED = ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only", "force_download", "subfolder", "proxies")
+_SAVED_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+
+def _checked(value: Any, kwargs: dict[str, Any]) -> SparsityConfig:
+    """The config to prune with; what can be refused is refused before weights are read."""
+    config = SparsityConfig.of(value)
+    if kwargs.get("quantization_config") is not None:
+        raise ConfigError(
+            "sparsity_config and quantization_config cannot be used together: prune first, save, then quantize the saved model."
+        )
+    entry = METRICS[config.metric]
+    if config.calibration is None and (entry.needs or entry.consumer_needs):
+        raise CalibrationError(
+            f"metric {entry.name!r} looks at activations and needs calibration=... (texts, token ids, a data set or a path); "
+            'or use metric="magnitude", which needs none.'
+        )
+    return config
+
+
+def _absorbed(kwargs: dict[str, Any]) -> SparsityConfig | None:
+    """A config.json with a key of the same name makes AutoConfig take the argument for its own; take it back."""
+    found = getattr(kwargs.get("config"), "sparsity_config", None)
+    if isinstance(found, SparsityConfig):
+        del kwargs["config"].sparsity_config
+        return found
+    return None
+
+
+def _report_file(path: Any, kwargs: dict[str, Any]) -> Path | None:
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    found = cached_file(
+        str(path), checkpoint.REPORT_FILE, **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
+        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return Path(found) if found else None
+
+
+def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_pretrained(cls: type, *args: Any, sparsity_config: Any = None, **kwargs: Any) -> Any:
+        if not _enabled:
+            given = {} if sparsity_config is None else {"sparsity_config": sparsity_config}
+            return original(cls, *args, **kwargs, **given)
+        wanted = sparsity_config if sparsity_config is not None else _absorbed(kwargs)
+        config = None if wanted is None else _checked(wanted, kwargs)
+        result = original(cls, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if isinstance(getattr(getattr(model, "config", None), checkpoint.CONFIG_KEY, None), dict):
+            checkpoint.read_side_files(model, _report_file(path, kwargs))
+        if config is not None:
+            prune_(model, config, tokenizer_options={name: kwargs[name] for name in _SHARED if kwargs.get(name) is not None})
+        return result
+
+    return from_pretrained
+
+
+def _wrap_auto(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if _enabled and kwargs.get("sparsity_config") is not None:
+            # Auto classes deep-copy their arguments; a SparsityConfig shares its calibration data, a dict would not.
+            kwargs["sparsity_config"] = _checked(kwargs["sparsity_config"], kwargs)
+        return original(cls, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, sparse_format: str | None = None, **kwargs: Any) -> Any:
+        if sparse_format not in (None, "dense"):
+            raise ConfigError(f"sparse_format={sparse_format!r} is not available in this version; leave it out to save dense tensors with zeros.")
+        is_main = args[0] if args else kwargs.get("is_main_process", True)
+        if not _enabled or not is_main or not isinstance(getattr(self.config, checkpoint.CONFIG_KEY, None), dict):
+            return original(self, save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        setattr(self.config, checkpoint.CONFIG_KEY, checkpoint.recounted(self))
+        if not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            # The new config.json is written first; beside old weights it would make a model that lies if the save broke off.
+            if not _reads_from(self, folder):
+                _remove_weights(folder)
+            checkpoint.write_side_files(self, folder)
+            _write_card(self, folder)
+        return original(self, save_directory, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _reads_from(model: Any, folder: Path) -> bool:
+    """Whether weights still lie on the disk only, perhaps in the very folder that is saved to."""
+    return "disk" in (getattr(model, "hf_device_map", None) or {}).values() and Path(model.config.name_or_path or ".").resolve() == folder.resolve()
+
+
+def _remove_weights(folder: Path) -> None:
+    for pattern in _SAVED_WEIGHTS:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _write_card(model: Any, folder: Path) -> None:
+    from model_cards import SparseModelCard, write_card  # a user's own folder of that name must not break the import of hf_sparse
+
+    report = checkpoint.report(model)
+    if report is not None:
+        write_card(folder, SparseModelCard.of_model(model, report))
+
+
+# ---------------------------------------------------------------------------------------------------- in and out
+
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _targets() -> list[tuple[type, str, Wrap]]:
+    """The methods to wrap. Each Auto class has its own copy of the base's method; those made later copy our wrapper."""
+    autos: list[type] = [_BaseAutoModelClass]
+    for auto in autos:
+        autos += auto.__subclasses__()
+    return [
+        (PreTrainedModel, "from_pretrained", _wrap_from_pretrained),
+        (PreTrainedModel, "save_pretrained", _wrap_save_pretrained),
+        *((auto, "from_pretrained", _wrap_auto) for auto in autos if "from_pretrained" in auto.__dict__),
+    ]
+
+
+# What was there before and what we put there, as long as our wrapper may still be in use.
+_installed: dict[tuple[type, str], tuple[Any, Any]] = {}
+
+
+def install() -> None:
+    """Put the hooks into Transformers; installing twice changes nothing."""
+    global _enabled
+    with _LOCK:
+        for owner, name, wrap in _targets():
+            if (owner, name) not in _installed:
+                original = owner.__dict__[name]
+                is_classmethod = isinstance(original, classmethod)
+                wrapped = wrap(original.__func__ if is_classmethod else original)
+                ours = classmethod(wrapped) if is_classmethod else wrapped
+                _installed[owner, name] = (original, ours)
+                setattr(owner, name, ours)
+        _enabled = True
+
+
+def uninstall() -> None:
+    """Give Transformers its own methods back.
+
+    Where another library has wrapped them since, its wrapper stays in place, and ours inside it only passes calls on.
+    """
+    global _enabled
+    with _LOCK:
+        for (owner, name), (original, ours) in list(_installed.items()):
+            if owner.__dict__[name] is ours:
+                setattr(owner, name, original)
+                del _installed[owner, name]
+        _enabled = False

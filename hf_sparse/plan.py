@@ -1,0 +1,124 @@
+"""What will happen to each site, settled before anything is changed: metric, axis, share and the reasons for fall-backs."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from hf_sparse.allocations import BlockSize, whole_counts
+from hf_sparse.config import SparsityConfig
+from hf_sparse.errors import ConfigError
+from hf_sparse.families import Inventory
+from hf_sparse.groups import Feed
+from hf_sparse.observe import Operand, operand_of
+from hf_sparse.patterns import Pattern
+from hf_sparse.registry import ALLOCATIONS, METRICS, Entry
+from hf_sparse.sites import Site
+
+_ROLES = {"mlp": {"gate", "up", "down"}, "attention": {"q", "k", "v", "o"}}
+# Where the name table gives no role, the module path may still tell which part of the block it is.
+_PATHS = {
+    "mlp": re.compile(r"(^|[._])(mlp|ffn?|feed_?forward|experts?|intermediate|fc\d|dense_relu_dense)([._]|\d|$)", re.IGNORECASE),
+    "attention": re.compile(r"(attn|attention)", re.IGNORECASE),
+}
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """How one site will be pruned."""
+
+    site: Site
+    metric: Entry[Any]
+    axis: str
+    sparsity: float
+    feed: Feed | None  # the consumer whose statistics score the rows, where the metric uses one
+    note: str = ""
+
+
+def _part_of(site: Site, part: str) -> bool:
+    if site.role is not None:
+        return site.role in _ROLES[part]
+    other = "attention" if part == "mlp" else "mlp"
+    return bool(_PATHS[part].search(site.name)) and not (part == "mlp" and _PATHS[other].search(site.name))
+
+
+def _matches(site: Site, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(site.name, glob) for glob in globs)
+
+
+def select(inventory: Inventory, config: SparsityConfig) -> tuple[dict[int, list[Site]], dict[str, str]]:
+    """The targeted sites of each block, and the others with the reason.
+
+    Raises: ConfigError where nothing is left to prune, or an `exclude` glob matches no site.
+    """
+    chosen: dict[int, list[Site]] = {}
+    left: dict[str, str] = {}
+    targets = config.targets
+    for index, sites in inventory.sites.items():
+        for site in sites:
+            if not (targets == "all" or (_part_of(site, targets) if isinstance(targets, str) else _matches(site, targets))):
+                left[site.name] = "not among the targets"
+            elif _matches(site, config.exclude):
+                left[site.name] = "excluded"
+            else:
+                chosen.setdefault(index, []).append(site)
+    names = [site.name for site in inventory.all()]
+    for glob in config.exclude:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ConfigError(f"exclude={glob!r} matches no site; the sites are named like {names[:3]}.")
+    if not chosen:
+        raise ConfigError(f"targets={targets!r} with exclude={config.exclude!r} leaves no site to prune; the sites are named like {names[:3]}.")
+    return chosen, left
+
+
+def shares(inventory: Inventory, chosen: Mapping[int, list[Site]], config: SparsityConfig) -> dict[str, float]:
+    """The sparsity of each site; for the unstructured pattern a whole number of weights."""
+    blocks = [
+        BlockSize(block.name, block.stack, {site.name: site.size for site in chosen[block.index]})
+        for block in inventory.blocks
+        if block.index in chosen
+    ]
+    allocated: dict[str, float] = ALLOCATIONS[config.allocation].function(config.target, blocks)  # type: ignore[index, assignment]
+    if Pattern.parse(config.pattern).group is not None or config.options_of("unstructured")["rounding"] != "exact":
+        return allocated
+    return whole_counts(allocated, {name: size for block in blocks for name, size in block.sites.items()})
+
+
+def _axis(entry: Entry[Any], config: SparsityConfig) -> str:
+    if config.axis != "auto":
+        return config.axis
+    key = "axis" if Pattern.parse(config.pattern).group is not None else "unstructured_axis"
+    return str(entry.traits.get(key, "input"))
+
+
+def plan_site(site: Site, config: SparsityConfig, feeds: list[Feed], sparsity: float, unresolved: Mapping[str, str]) -> SitePlan:
+    """Settle metric and axis of one site; a metric that needs a consumer says what takes its place where there is none."""
+    entry = METRICS[config.metric]
+    if not entry.consumer_needs:
+        return SitePlan(site, entry, _axis(entry, config), sparsity, None)
+    roles = entry.traits.get("roles", ())
+    feed = next((feed for feed in feeds if feed.producer == site.name), None)
+    gated = feed is not None and len({other.producer for other in feeds if other.consumer == feed.consumer}) > 1
+    if site.role in roles and feed is not None and gated:  # type: ignore[operator]
+        axis = _axis(entry, config)
+        note = ""
+        if axis == "input" and config.pattern != "unstructured":
+            note = f"groups along the input axis: {entry.name} ranks them as magnitude does"
+        return SitePlan(site, entry, axis, sparsity, feed, note)
+    other = METRICS[str(entry.traits["otherwise"])]
+    if site.role not in roles:  # type: ignore[operator]
+        why = f"no {' or '.join(roles)} of a gated MLP"  # type: ignore[arg-type]
+    else:
+        why = unresolved.get(site.name, "its MLP has no gate" if feed is not None else "what it feeds could not be resolved")
+    return SitePlan(site, other, _axis(other, config), sparsity, None, f"{other.name} instead of {entry.name}: {why}")
+
+
+def needs(plans: list[SitePlan], sites: Mapping[str, Site]) -> dict[Operand, set[str]]:
+    """Which statistics of which operand's input the plans ask for."""
+    wanted: dict[Operand, set[str]] = {}
+    for plan in plans:
+        wanted.setdefault(operand_of(plan.site), set()).update(plan.metric.needs)
+        if plan.feed is not None:
+            wanted.setdefault(operand_of(sites[plan.feed.consumer]), set()).update(plan.metric.consumer_needs)
+    return wanted

@@ -1,0 +1,194 @@
+"""The report: what was pruned, what it cost, and what fell back to something simpler."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from hf_sparse.errors import CheckpointError, HfSparseError
+
+FILE_NAME = "hf_sparse_report.json"
+FORMAT = 1
+_LARGEST_FILE = 256 * 2**20
+
+
+@dataclass
+class SiteReport:
+    """One site after pruning. Errors are relative: ||y_sparse - y_dense|| / ||y_dense||; None means not measured."""
+
+    name: str
+    block: int
+    role: str | None
+    shape: tuple[int, int]
+    pattern: str
+    axis: str
+    metric: str  # the metric that was used, which may be the fall-back
+    zeros: int  # counted after pruning
+    sparsity: float
+    output_error: float | None = None  # on a sample of at most 512 tokens of the dense block's inputs
+    tokens: int | None = None  # calibration tokens that reached the site
+    note: str = ""  # why something else than the chosen metric or axis was used
+
+
+@dataclass
+class BlockReport:
+    """One block: its sites and the error of its output over all calibration tokens."""
+
+    index: int
+    name: str
+    stack: str
+    zeros: int
+    size: int  # weights in the targeted sites
+    all_matrices: int  # weights in all matrices of the block, targeted or not
+    output_error: float | None
+    seconds: float
+    sites: list[SiteReport] = field(default_factory=list)
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.size if self.size else 0.0
+
+
+@dataclass
+class Report:
+    """Everything that `prune_` did. `str(report)` is a table, `to_dict()` JSON, `plot(path)` a picture."""
+
+    config: dict[str, Any]
+    model: str
+    model_class: str
+    parameters: int
+    blocks: list[BlockReport]
+    left_out: dict[str, str]  # matrices in the blocks that are no sites, or were not targeted, with the reason
+    notes: list[str]
+    calibration: dict[str, Any] | None  # source, fingerprint, samples, tokens, batch_size
+    versions: dict[str, str]
+    seconds: float
+    peak_memory_bytes: int | None  # of the process, as the system counts it
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # fields of model_cards.Evaluation, measured later
+    format: int = FORMAT
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        return [site for block in self.blocks for site in block.sites]
+
+    @property
+    def zeros(self) -> int:
+        return sum(block.zeros for block in self.blocks)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the pruned sites."""
+        size = sum(block.size for block in self.blocks)
+        return self.zeros / size if size else 0.0
+
+    @property
+    def block_sparsity(self) -> float:
+        """Share of zeros over all matrices of all blocks, pruned or not."""
+        size = sum(block.all_matrices for block in self.blocks)
+        return self.zeros / size if size else 0.0
+
+    def totals(self) -> dict[str, Any]:
+        return {
+            "zeros": self.zeros,
+            "sites": len(self.sites),
+            "sparsity": self.sparsity,
+            "block_sparsity": self.block_sparsity,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` takes back."""
+        return {**dataclasses.asdict(self), "totals": self.totals()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read back what `to_dict` gave; raises CheckpointError for anything else."""
+        try:
+            known = {item.name for item in dataclasses.fields(cls)}
+            plain = {key: value for key, value in values.items() if key in known}
+            blocks = [
+                BlockReport(**{**block, "sites": [SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in block["sites"]]})
+                for block in plain.pop("blocks")
+            ]
+            return cls(**plain, blocks=blocks)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"this is no report of hf_sparse ({type(error).__name__}: {error}).") from error
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `hf_sparse_report.json` into a folder."""
+        path = Path(folder) / FILE_NAME
+        path.write_text(json.dumps(_finite(self.to_dict()), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a report from its file or the folder that holds it; raises CheckpointError where that fails."""
+        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        try:
+            if file.stat().st_size > _LARGEST_FILE:
+                raise CheckpointError(f"{str(file)!r} is larger than {_LARGEST_FILE} bytes; that is no report.")
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"cannot read the report {str(file)!r}: {error.strerror}.") from error
+        except HfSparseError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"{str(file)!r} is not valid JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{str(file)!r} holds no report.")
+        return cls.from_dict(values)
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw sparsity and output error over depth into a picture file (needs matplotlib)."""
+        from hf_sparse.plot import plot_report  # matplotlib is an extra and slow to import
+
+        return plot_report(self, Path(path))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN; a figure that is not finite becomes null, which reads as not measured."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def percent(value: float | None) -> str:
+    """A share for people to read."""
+    return "not measured" if value is None else f"{100 * value:.2f} %"
+
+
+def _counted(values: Iterable[str]) -> str:
+    counts: dict[str, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return ", ".join(f"{value} ({count})" if len(counts) > 1 else value for value, count in counts.items())
+
+
+def _lines(report: Report) -> Iterable[str]:
+    config = report.config
+    yield (
+        f"{report.model_class}: {config['pattern']} with {config['metric']}, {len(report.sites)} sites in {len(report.blocks)} blocks, "
+        f"{percent(report.sparsity)} zeros in the sites, {percent(report.block_sparsity)} in all block weights"
+    )
+    width = max([len(block.name) for block in report.blocks], default=5)
+    yield f"{'block':<{width}}  {'sites':>5}  {'sparsity':>9}  {'output error':>12}  {'seconds':>8}  axis, metric"
+    for block in report.blocks:
+        how = f"{_counted(site.axis for site in block.sites)}; {_counted(site.metric for site in block.sites)}"
+        error = "not measured" if block.output_error is None else f"{block.output_error:.4f}"
+        yield f"{block.name:<{width}}  {len(block.sites):>5}  {percent(block.sparsity):>9}  {error:>12}  {block.seconds:>8.2f}  {how}"
+    if report.calibration:
+        data = report.calibration
+        yield (
+            f"calibrated on {data['source']}: {data['samples']} samples, {data['tokens']} tokens, batches of {data['batch_size']}, "
+            f"fingerprint {data['fingerprint']}"
+        )
+    memory = "" if report.peak_memory_bytes is None else f", peak memory of the process {report.peak_memory_bytes / 2**20:.0f} MiB"
+    yield f"{report.seconds:.1f} s{memory}"
+    yield from (f"note: {note}" for note in report.notes)
