@@ -3,7 +3,6 @@
 Importing the package gives `from_pretrained` its `sparsity_config` argument; `uninstall()` takes it out again.
 """
 
-from importlib import import_module
 from typing import Any
 
 from hf_sparse.checkpoint import is_sparse, masks, report
@@ -28,13 +27,12 @@ __all__ = [
     "uninstall",
 ]
 
-# Conveniences that live in sibling packages and are loaded when first asked for.
-_LAZY = {"SparseModelCard": "model_cards"}
-
-
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    # A convenience from a sibling package, loaded when it is first asked for.
+    if name == "SparseModelCard":
+        from model_cards import SparseModelCard
+
+        return SparseModelCard
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

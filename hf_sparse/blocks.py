@@ -83,7 +83,8 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
     Raises: ModelError where the model has no list of layers at all.
     """
-    classes = set(getattr(model, "_no_split_modules", None) or ())
+    # each model inside the model (its text, vision and sound towers) names its own
+    classes = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     stacks = _stacks(model, classes) or _outermost_lists(model)
     found: list[Block] = []
     for stack in stacks:

@@ -9,7 +9,6 @@ from torch import nn
 
 from hf_sparse.errors import CheckpointError, ModelError
 from hf_sparse.families import find_sites
-from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import Report
 from hf_sparse.sites import Site, read
 
@@ -45,17 +44,25 @@ def check_prunable(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
     if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"the model is quantized ({method or 'unknown method'}); load it without quantization, prune, then quantize.")
+        raise ModelError(
+            f"the model is quantized ({method or 'unknown method'}); load it without quantization, prune, then quantize."
+        )
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise ModelError(f"{name} is sharded over processes (DTensor); prune the model before it is sharded.")
     merged = next((name for name, module in model.named_modules() if getattr(module, "merged", None) is True), None)
     if merged is not None:
-        raise ModelError(f"the adapter at {merged} is merged into its weights; unmerge it, or merge_and_unload() and prune the result.")
-    offloaded = {id(parameter) for module in model.modules() if hasattr(module, "_hf_hook") for parameter in module.parameters()}
+        raise ModelError(
+            f"the adapter at {merged} is merged into its weights; unmerge it, or merge_and_unload() and prune the result."
+        )
+    offloaded = {
+        id(parameter) for module in model.modules() if hasattr(module, "_hf_hook") for parameter in module.parameters()
+    }
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" and id(parameter) not in offloaded:
-            raise ModelError(f"{name} is on the meta device and has no weights; load the model with from_pretrained first.")
+            raise ModelError(
+                f"{name} is on the meta device and has no weights; load the model with from_pretrained first."
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- counting
@@ -176,8 +183,8 @@ def read_side_files(model: nn.Module, file: Path | None) -> None:
     claim: Mapping[str, Any] = _claim(model)
     version = claim.get("format")
     if version != FORMAT:
-        raise CheckpointError(f"config.json carries hf_sparse format {version!r}; this version reads {FORMAT}. Upgrade hf_sparse.")
+        raise CheckpointError(
+            f"config.json carries hf_sparse format {version!r}; this version reads {FORMAT}. Upgrade hf_sparse."
+        )
     if file is not None:
         attach_report(model, Report.load(file))
-
-

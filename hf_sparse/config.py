@@ -12,8 +12,8 @@ import yaml
 
 import hf_sparse.allocations
 import hf_sparse.metrics
-import hf_sparse.updates
-from hf_sparse.errors import ConfigError, unknown
+import hf_sparse.updates  # noqa: F401  (importing the three packages fills the registries)
+from hf_sparse.errors import CalibrationError, ConfigError, unknown
 from hf_sparse.patterns import AXES, Pattern
 from hf_sparse.registry import ALLOCATIONS, METRICS, UPDATES
 
@@ -64,7 +64,9 @@ class _Serialisable:
         except (ValueError, yaml.YAMLError) as error:
             raise ConfigError(f"{str(file)!r} is not valid JSON or YAML: {error}") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"{str(file)!r} holds {type(values).__name__}; a mapping of field names to values is needed.")
+            raise ConfigError(
+                f"{str(file)!r} holds {type(values).__name__}; a mapping of field names to values is needed."
+            )
         return cls.from_dict(values)
 
 
@@ -152,7 +154,9 @@ class SparsityConfig(_Serialisable):
     def _normalise(self) -> None:
         if isinstance(self.targets, str) and self.targets not in ("all", "mlp", "attention"):
             if not set("*?[.") & set(self.targets):
-                raise ConfigError(unknown("targets", self.targets, ("all", "mlp", "attention")) + " Or give globs over site names.")
+                raise ConfigError(
+                    unknown("targets", self.targets, ("all", "mlp", "attention")) + " Or give globs over site names."
+                )
             object.__setattr__(self, "targets", (self.targets,))
         for name in ("targets", "exclude", "update"):
             value = getattr(self, name)
@@ -167,14 +171,20 @@ class SparsityConfig(_Serialisable):
 
     def _check_allocation(self, pattern: Pattern) -> None:
         if not isinstance(self.allocation, str):
-            raise ConfigError("an allocation given as a list or mapping is not available in this version; give 'uniform'.")
+            raise ConfigError(
+                "an allocation given as a list or mapping is not available in this version; give 'uniform'."
+            )
         ALLOCATIONS[self.allocation]
         if self.sparsity is None:
             if pattern.sparsity is None:
                 raise ConfigError('pattern="unstructured" needs sparsity, the share to drop, such as sparsity=0.5.')
             return
         _share("sparsity", self.sparsity)
-        if pattern.sparsity is not None and self.allocation == "uniform" and not math.isclose(self.sparsity, pattern.sparsity):
+        if (
+            pattern.sparsity is not None
+            and self.allocation == "uniform"
+            and not math.isclose(self.sparsity, pattern.sparsity)
+        ):
             raise ConfigError(
                 f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}, which drops {pattern.sparsity:g} of every "
                 "group; leave sparsity out, or choose another pattern."
@@ -186,10 +196,16 @@ class SparsityConfig(_Serialisable):
             if group not in allowed:
                 raise ConfigError(unknown("options for", group, allowed))
             if not isinstance(given, Mapping):
-                raise ConfigError(f"options[{group!r}]={given!r} is not allowed; give a mapping of option names to values.")
+                raise ConfigError(
+                    f"options[{group!r}]={given!r} is not allowed; give a mapping of option names to values."
+                )
             self.options_of(group)
         if self.options_of("unstructured")["rounding"] not in ("exact", "truncate"):
-            raise ConfigError(unknown("option unstructured.rounding:", self.options_of("unstructured")["rounding"], ("exact", "truncate")))
+            raise ConfigError(
+                unknown(
+                    "option unstructured.rounding:", self.options_of("unstructured")["rounding"], ("exact", "truncate")
+                )
+            )
         for entry in METRICS:
             for key, value in self.options_of(entry.name).items():
                 if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -208,6 +224,15 @@ class SparsityConfig(_Serialisable):
                 return registry.resolve_options(name, given)
         raise ConfigError(unknown("options for", name, ()))
 
+    def check_calibration(self) -> None:
+        """Raises CalibrationError where the metric looks at activations and no data are named."""
+        entry = METRICS[self.metric]
+        if self.calibration is None and (entry.needs or entry.consumer_needs):
+            raise CalibrationError(
+                f"metric {entry.name!r} looks at activations and needs calibration=... (texts, token ids, a data set or "
+                'a path); or use metric="magnitude", which needs none.'
+            )
+
     @property
     def target(self) -> float:
         """The share of weights to drop, from the pattern where sparsity is not given."""
@@ -220,7 +245,10 @@ class SparsityConfig(_Serialisable):
         """Every field as plain data; calibration data in memory become None, their fingerprint is in the report."""
         values = super().to_dict()
         named = isinstance(self.calibration, str | Path)
-        listed = {name: getattr(self, name) if isinstance(getattr(self, name), str) else list(getattr(self, name)) for name in ("targets", "exclude", "update")}
+        listed = {
+            name: getattr(self, name) if isinstance(getattr(self, name), str) else list(getattr(self, name))
+            for name in ("targets", "exclude", "update")
+        }
         listed["update"] = self.update[0] if len(self.update) == 1 else list(self.update)
         return {
             **values,
@@ -239,7 +267,9 @@ class SparsityConfig(_Serialisable):
             return cls.from_dict(value)
         if isinstance(value, str | Path):
             return cls.from_pretrained(value)
-        raise ConfigError(f"a sparsity configuration cannot be a {type(value).__name__}; give a SparsityConfig, a dict or a path.")
+        raise ConfigError(
+            f"a sparsity configuration cannot be a {type(value).__name__}; give a SparsityConfig, a dict or a path."
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparsityConfig":
         # Auto classes deep-copy their keyword arguments; generators cannot be copied and data sets must not be.

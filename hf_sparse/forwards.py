@@ -34,37 +34,47 @@ class Call:
         """Run the block on this call's arguments; with `device` they go there, and the output comes back."""
         if device is None:
             return self.run(*self.args, **self.kwargs)
-        home = next((leaf.device for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)), None)
+        home = next(
+            (leaf.device for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)), None
+        )
         args, kwargs = moved((self.args, self.kwargs), device)
         return moved(self.run(*args, **kwargs), home)
 
 
 def moved(tree: Any, device: str | torch.device | None) -> Any:
     """The same structure with its tensors on `device`."""
-    return tree if device is None else tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
+    return (
+        tree
+        if device is None
+        else tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
+    )
 
 
 def main_tensor(output: Any) -> torch.Tensor | None:
     """The hidden states among what a block returned: its first floating-point tensor."""
-    return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
+    return next(
+        (leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None
+    )
 
 
 @contextmanager
 def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Give one module another forward; an instance's own (accelerate's hooks set one) comes back afterwards."""
     own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if own is None:
             del module.__dict__["forward"]
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 @contextmanager
-def watched(blocks: Sequence[Block], call: Callable[[Block, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+def watched(
+    blocks: Sequence[Block], call: Callable[[Block, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+) -> Iterator[None]:
     """Inside, every block's forward goes through `call(block, its own forward, args, kwargs)`."""
     with ExitStack() as stack:
         for block in blocks:

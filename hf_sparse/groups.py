@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from hf_sparse.blocks import Block
+from hf_sparse.families.fused import number
 from hf_sparse.observe import Observer, Operand, eager_experts, operand_of
 from hf_sparse.sites import Site, stored_rows
 
-PROBES = 2  # extra runs of a block; every run disturbs other channels
+PROBES = 3  # extra runs: for the first producer of every consumer, for the second, and for all together in other rows
+_ROUNDING = 1e-5  # smaller changes than this share of the largest come from sums in another order
 _PRODUCERS = {"down": ("gate", "up"), "o": ("v",)}
-_HEAD_SIZES = ("v_head_dim", "value_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
+_HEAD_SIZES = ("v_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
 _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 
 
@@ -24,7 +26,7 @@ class Feed:
 
     producer: str  # site name whose rows ...
     consumer: str  # ... become the input columns of this site
-    rows: tuple[int, ...]  # per input column of the consumer: the producer's row that feeds it; grouped heads repeat rows
+    rows: tuple[int, ...]  # for every input column the producer's row, or -1; grouped heads repeat rows
 
 
 # ---------------------------------------------------------------------------------------------------------------- by name
@@ -34,14 +36,17 @@ def propose(model: nn.Module, block: Block, sites: list[Site]) -> tuple[list[Fee
     """Pairs sites of a block by their roles: gate and up with down, v with o; and says which site finds no consumer."""
     feeds: list[Feed] = []
     unresolved: dict[str, str] = {}
+    by_role: dict[tuple[str | None, int | None], list[Site]] = defaultdict(list)
+    for site in sites:
+        by_role[site.role, site.expert].append(site)
     for consumer in sites:
         for role in _PRODUCERS.get(consumer.role or "", ()):
-            for producer in _nearest(consumer, [site for site in sites if site.role == role]):
-                rows = _rows(model, producer, consumer)
-                if rows is None:
-                    unresolved[producer.name] = f"Its {producer.shape[0]} rows do not fit {consumer.name}'s {consumer.shape[1]} columns."
-                else:
+            candidates = [site for expert in {None, consumer.expert} for site in by_role[role, expert]]
+            for producer in _nearest(consumer, candidates):
+                if rows := _rows(model, producer, consumer):
                     feeds.append(Feed(producer.name, consumer.name, rows))
+                else:
+                    unresolved[producer.name] = f"Its number of rows does not fit the columns of {consumer.name}."
     fed = {feed.producer for feed in feeds}
     for site in sites:
         if site.role is None:
@@ -58,10 +63,9 @@ def _common(one: Site, other: Site) -> int:
 
 
 def _nearest(consumer: Site, candidates: list[Site]) -> list[Site]:
-    """The producers that stand nearest to a consumer; those of the same expert, or shared by all experts."""
-    same = [site for site in candidates if site.expert in (consumer.expert, None)]
-    deepest = max((_common(site, consumer) for site in same), default=0)
-    near = [site for site in same if _common(site, consumer) == deepest]
+    """The one producer that stands nearest to a consumer, if there is one."""
+    depths = [_common(site, consumer) for site in candidates]
+    near = [site for site, depth in zip(candidates, depths, strict=True) if depth == max(depths)]
     return near if len(near) == 1 else []  # two that stand equally near: nothing is certain
 
 
@@ -78,16 +82,12 @@ def _rows(model: nn.Module, producer: Site, consumer: Site) -> tuple[int, ...] |
 
 def _head_size(model: nn.Module, producer: Site, consumer: Site) -> int | None:
     path = producer.module.split(".")[: _common(producer, consumer)]
-    while path:
-        owner = model.get_submodule(".".join(path))
-        for holder in (owner, getattr(owner, "config", None)):
-            for name in _HEAD_SIZES:
-                if isinstance(size := getattr(holder, name, None), int):
-                    return size
-            for name in _HEAD_COUNTS:
-                if isinstance(heads := getattr(holder, name, None), int) and heads > 0 and consumer.shape[1] % heads == 0:
-                    return consumer.shape[1] // heads
-        path = path[:-1]
+    for length in range(len(path), 0, -1):
+        owner = model.get_submodule(".".join(path[:length]))
+        if size := number(owner, _HEAD_SIZES):
+            return size
+        if heads := number(owner, _HEAD_COUNTS):
+            return consumer.shape[1] // heads
     return None
 
 
@@ -109,7 +109,7 @@ def prove(
     """Keeps the feeds that numbers confirm: noise in a producer's row must reach exactly the proposed columns.
 
     `run` calls the block (or the whole model) on the same small sample each time. It is called once undisturbed and then
-    `PROBES` times with noise added to one output channel of every producer. The products of all consumers are replaced
+    `PROBES` times with noise added to one output channel of producers. The products of all consumers are replaced
     by the undisturbed ones, so that no disturbance goes on into later modules and all sites are probed together.
     """
     by_name = {site.name: site for site in sites}
@@ -159,12 +159,15 @@ def _choose(feeds: list[Feed], by_name: dict[str, Site], sample: _Sample, probe:
         by_consumer[feed.consumer].append(feed)
     chosen: dict[Feed, int] = {}
     disturbed: dict[str, int] = {}
+    alone = probe < PROBES - 1
     for consumer, group in by_consumer.items():
         inputs = [x.float().abs().flatten(0, -2) for x in sample.inputs[operand_of(by_name[consumer])]]
         busiest = torch.cat(inputs).mean(0).argsort(descending=True).tolist()
         for position, feed in enumerate(group):
+            if alone and position != probe:
+                continue
             rows = list(dict.fromkeys(feed.rows[column] for column in busiest if feed.rows[column] >= 0))
-            chosen[feed] = disturbed.setdefault(feed.producer, rows[(probe * len(group) + position) % len(rows)])
+            chosen[feed] = disturbed.setdefault(feed.producer, rows[(probe + position) % len(rows)])
     return chosen
 
 
@@ -183,29 +186,42 @@ def _disturb(
         site = by_name[feed.producer]
         channels[operand_of(site)].add(int(stored_rows(site)[row]))
     calls: dict[Operand, int] = defaultdict(int)
-    changes: dict[Operand, torch.Tensor] = {}
+    changes: dict[Operand, list[torch.Tensor]] = defaultdict(list)
     generator = torch.Generator().manual_seed(seed)
 
     def look(operand: Operand, x: torch.Tensor, product: torch.Tensor) -> torch.Tensor | None:
         if operand in sample.inputs:
-            call = calls[operand]
             calls[operand] += 1
-            if call >= len(sample.inputs[operand]) or sample.inputs[operand][call].shape != x.shape:
-                changes[operand] = torch.ones(x.shape[-1], device=x.device)  # not the same run: nothing can be told apart
+            if calls[operand] > len(sample.inputs[operand]):
                 return None
-            if x.numel():
-                change = (x.float() - sample.inputs[operand][call].float()).abs().flatten(0, -2).amax(0)
-                changes[operand] = torch.maximum(changes[operand], change) if operand in changes else change
-            return sample.products[operand][call]
-        return _with_noise(product, sorted(channels[operand]), sample.scales[operand], generator) if operand in channels else None
+            changes[operand].append(_change(sample.inputs[operand][calls[operand] - 1], x))
+            return sample.products[operand][calls[operand] - 1].clone()  # the model may go on in place
+        if operand not in channels:
+            return None
+        return _with_noise(product, sorted(channels[operand]), sample.scales[operand], generator)
 
     with Observer(model, sites, look):
         run()
-    columns = {operand: (change > 1e-5 * change.max()).nonzero().flatten().tolist() for operand, change in changes.items()}
-    return {feed.consumer: set(columns.get(operand_of(by_name[feed.consumer]), ())) for feed in chosen}
+    return {feed.consumer: _changed(changes[operand_of(by_name[feed.consumer])]) for feed in chosen}
 
 
-def _with_noise(product: torch.Tensor, channels: list[int], scales: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _change(before: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """By how much each column changed at most."""
+    if before.shape != x.shape:  # not the same run: nothing can be told apart
+        return torch.ones(x.shape[-1], device=x.device)
+    if not x.numel():
+        return torch.zeros(x.shape[-1], device=x.device)
+    return (x.float() - before.float()).abs().flatten(0, -2).amax(0)
+
+
+def _changed(changes: list[torch.Tensor]) -> set[int]:
+    most = torch.stack(changes).amax(0) if changes else torch.zeros(0)
+    return set((most > _ROUNDING * most.max()).nonzero().flatten().tolist()) if most.any() else set()
+
+
+def _with_noise(
+    product: torch.Tensor, channels: list[int], scales: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """Noise of each channel's own size, other at every position: a constant could vanish in a softmax or a norm."""
     noise = torch.randn(*product.shape[:-1], len(channels), generator=generator).to(product.device)
     size = torch.where(scales > 0, scales, scales.max().clamp_min(1e-3))[channels]
@@ -216,16 +232,18 @@ def _with_noise(product: torch.Tensor, channels: list[int], scales: torch.Tensor
 
 def _contradictions(chosen: dict[Feed, int], seen: dict[str, set[int]]) -> dict[Feed, str]:
     """A feed is wrong if its columns did not change, or if columns changed that no feed of the consumer accounts for."""
-    expected = {feed: {column for column, source in enumerate(feed.rows) if source == row} for feed, row in chosen.items()}
-    missing = {feed for feed, columns in expected.items() if not columns <= seen[feed.consumer]}
+    expected = {feed: {c for c, source in enumerate(feed.rows) if source == row} for feed, row in chosen.items()}
+    missing = {feed.consumer for feed, columns in expected.items() if not columns <= seen[feed.consumer]}
+    extra = {consumer: set(columns) for consumer, columns in seen.items()}
+    for feed, columns in expected.items():
+        extra[feed.consumer] -= columns
     wrong = {}
-    for feed in chosen:
-        group = [other for other in chosen if other.consumer == feed.consumer]
-        extra = seen[feed.consumer] - set().union(*(expected[other] for other in group))
-        if feed in missing:
-            wrong[feed] = f"Noise in row {chosen[feed]} did not reach the columns of {feed.consumer} that it should feed."
-        elif extra and not missing.intersection(group):
-            wrong[feed] = f"Noise in row {chosen[feed]} reached {len(extra)} more columns of {feed.consumer} than it should feed."
+    for feed, columns in expected.items():
+        noise, more = f"Noise in row {chosen[feed]}", len(extra[feed.consumer])
+        if not columns <= seen[feed.consumer]:
+            wrong[feed] = f"{noise} did not reach the columns of {feed.consumer} that it should feed."
+        elif more and feed.consumer not in missing:
+            wrong[feed] = f"{noise} reached {more} more columns of {feed.consumer} than it should feed."
     return wrong
 
 

@@ -3,6 +3,7 @@
 import functools
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,30 @@ from transformers.utils import cached_file
 
 from hf_sparse import checkpoint
 from hf_sparse.config import SparsityConfig
-from hf_sparse.errors import CalibrationError, ConfigError
+from hf_sparse.errors import ConfigError
 from hf_sparse.prune import prune_
-from hf_sparse.registry import METRICS
+from hf_sparse.report import FILE_NAME as REPORT_FILE
 
+PICTURE_FILE = "hf_sparse_report.png"
 _LOCK = threading.Lock()
 _enabled = False
 # Arguments of from_pretrained that the tokenizer beside the model needs as well.
-_SHARED = ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only", "force_download", "subfolder", "proxies")
-_SAVED_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+_SHARED = (
+    "revision",
+    "token",
+    "cache_dir",
+    "trust_remote_code",
+    "local_files_only",
+    "force_download",
+    "subfolder",
+    "proxies",
+)
+_SAVED_WEIGHTS = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+)
 
 
 def _checked(value: Any, kwargs: dict[str, Any]) -> SparsityConfig:
@@ -30,12 +46,7 @@ def _checked(value: Any, kwargs: dict[str, Any]) -> SparsityConfig:
         raise ConfigError(
             "sparsity_config and quantization_config cannot be used together: prune first, save, then quantize the saved model."
         )
-    entry = METRICS[config.metric]
-    if config.calibration is None and (entry.needs or entry.consumer_needs):
-        raise CalibrationError(
-            f"metric {entry.name!r} looks at activations and needs calibration=... (texts, token ids, a data set or a path); "
-            'or use metric="magnitude", which needs none.'
-        )
+    config.check_calibration()
     return config
 
 
@@ -51,7 +62,7 @@ def _absorbed(kwargs: dict[str, Any]) -> SparsityConfig | None:
 def _report_file(path: Any, kwargs: dict[str, Any]) -> Path | None:
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     found = cached_file(
-        str(path), checkpoint.REPORT_FILE, **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
+        str(path), REPORT_FILE, **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
         _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
     return Path(found) if found else None
@@ -71,7 +82,11 @@ def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(getattr(getattr(model, "config", None), checkpoint.CONFIG_KEY, None), dict):
             checkpoint.read_side_files(model, _report_file(path, kwargs))
         if config is not None:
-            prune_(model, config, tokenizer_options={name: kwargs[name] for name in _SHARED if kwargs.get(name) is not None})
+            prune_(
+                model,
+                config,
+                tokenizer_options={name: kwargs[name] for name in _SHARED if kwargs.get(name) is not None},
+            )
         return result
 
     return from_pretrained
@@ -90,9 +105,13 @@ def _wrap_auto(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, sparse_format: str | None = None, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self: Any, save_directory: Any, *args: Any, sparse_format: str | None = None, **kwargs: Any
+    ) -> Any:
         if sparse_format not in (None, "dense"):
-            raise ConfigError(f"sparse_format={sparse_format!r} is not available in this version; leave it out to save dense tensors with zeros.")
+            raise ConfigError(
+                f"sparse_format={sparse_format!r} is not available in this version; leave it out to save dense tensors with zeros."
+            )
         is_main = args[0] if args else kwargs.get("is_main_process", True)
         if not _enabled or not is_main or not isinstance(getattr(self.config, checkpoint.CONFIG_KEY, None), dict):
             return original(self, save_directory, *args, **kwargs)
@@ -112,7 +131,10 @@ def _wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reads_from(model: Any, folder: Path) -> bool:
     """Whether weights still lie on the disk only, perhaps in the very folder that is saved to."""
-    return "disk" in (getattr(model, "hf_device_map", None) or {}).values() and Path(model.config.name_or_path or ".").resolve() == folder.resolve()
+    return (
+        "disk" in (getattr(model, "hf_device_map", None) or {}).values()
+        and Path(model.config.name_or_path or ".").resolve() == folder.resolve()
+    )
 
 
 def _remove_weights(folder: Path) -> None:
@@ -122,11 +144,16 @@ def _remove_weights(folder: Path) -> None:
 
 
 def _write_card(model: Any, folder: Path) -> None:
-    from model_cards import SparseModelCard, write_card  # a user's own folder of that name must not break the import of hf_sparse
+    # A user's own folder of that name must not break the import of hf_sparse, so this one waits until it is needed.
+    from model_cards import SparseModelCard, write_card
 
     report = checkpoint.report(model)
-    if report is not None:
-        write_card(folder, SparseModelCard.of_model(model, report))
+    if report is None:
+        return
+    picture = None
+    if find_spec("matplotlib") is not None:  # plots are an extra; the card says what there is
+        picture = report.plot(folder / PICTURE_FILE).name
+    write_card(folder, SparseModelCard.of_model(model, report, plot_name=picture))
 
 
 # ---------------------------------------------------------------------------------------------------- in and out

@@ -35,7 +35,8 @@ Seen = Callable[[Operand, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 _EXPERTS = "_experts_implementation_internal"  # the public attribute would set the configs inside too
 _LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}  # type: ignore[attr-defined]
-_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__}
+_NAMES = ("matmul", "mm", "bmm", "__matmul__")
+_PRODUCTS = {getattr(owner, name) for owner in (torch, torch.Tensor) for name in _NAMES if hasattr(owner, name)}
 _ADDED = {torch.addmm, torch.Tensor.addmm, torch.baddbmm, torch.Tensor.baddbmm}
 
 
@@ -101,7 +102,9 @@ class Observer(TorchFunctionMode):
                 product = product.index_copy(0, torch.tensor([expert], device=product.device), changed[None])
         return product
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _LINEAR:
             named = kwargs or {}
@@ -114,6 +117,7 @@ class Observer(TorchFunctionMode):
             return result
         if stored := self._find(weight):
             return self._report(stored, weight, x, result)
-        if func not in _LINEAR and (stored := self._find(x)):  # weight on the left: tokens are the columns of the other side
+        if func not in _LINEAR and (stored := self._find(x)):
+            # the weight stands on the left: tokens are the columns of the other side
             return self._report(stored, x, weight.mT, result.mT).mT
         return result

@@ -19,7 +19,9 @@ from hf_sparse.sites import Site
 _ROLES = {"mlp": {"gate", "up", "down"}, "attention": {"q", "k", "v", "o"}}
 # Where the name table gives no role, the module path may still tell which part of the block it is.
 _PATHS = {
-    "mlp": re.compile(r"(^|[._])(mlp|ffn?|feed_?forward|experts?|intermediate|fc\d|dense_relu_dense)([._]|\d|$)", re.IGNORECASE),
+    "mlp": re.compile(
+        r"(^|[._])(mlp|ffn?|feed_?forward|experts?|intermediate|fc\d|dense_relu_dense)([._]|\d|$)", re.IGNORECASE
+    ),
     "attention": re.compile(r"(attn|attention)", re.IGNORECASE),
 }
 
@@ -57,7 +59,9 @@ def select(inventory: Inventory, config: SparsityConfig) -> tuple[dict[int, list
     targets = config.targets
     for index, sites in inventory.sites.items():
         for site in sites:
-            if not (targets == "all" or (_part_of(site, targets) if isinstance(targets, str) else _matches(site, targets))):
+            if not (
+                targets == "all" or (_part_of(site, targets) if isinstance(targets, str) else _matches(site, targets))
+            ):
                 left[site.name] = "not among the targets"
             elif _matches(site, config.exclude):
                 left[site.name] = "excluded"
@@ -68,7 +72,9 @@ def select(inventory: Inventory, config: SparsityConfig) -> tuple[dict[int, list
         if not any(fnmatchcase(name, glob) for name in names):
             raise ConfigError(f"exclude={glob!r} matches no site; the sites are named like {names[:3]}.")
     if not chosen:
-        raise ConfigError(f"targets={targets!r} with exclude={config.exclude!r} leaves no site to prune; the sites are named like {names[:3]}.")
+        raise ConfigError(
+            f"targets={targets!r} with exclude={config.exclude!r} leaves no site to prune; the sites are named like {names[:3]}."
+        )
     return chosen, left
 
 
@@ -92,7 +98,9 @@ def _axis(entry: Entry[Any], config: SparsityConfig) -> str:
     return str(entry.traits.get(key, "input"))
 
 
-def plan_site(site: Site, config: SparsityConfig, feeds: list[Feed], sparsity: float, unresolved: Mapping[str, str]) -> SitePlan:
+def plan_site(
+    site: Site, config: SparsityConfig, feeds: list[Feed], sparsity: float, unresolved: Mapping[str, str]
+) -> SitePlan:
     """Settle metric and axis of one site; a metric that needs a consumer says what takes its place where there is none."""
     entry = METRICS[config.metric]
     if not entry.consumer_needs:
@@ -110,7 +118,9 @@ def plan_site(site: Site, config: SparsityConfig, feeds: list[Feed], sparsity: f
     if site.role not in roles:  # type: ignore[operator]
         why = f"no {' or '.join(roles)} of a gated MLP"  # type: ignore[arg-type]
     else:
-        why = unresolved.get(site.name, "its MLP has no gate" if feed is not None else "what it feeds could not be resolved")
+        why = unresolved.get(
+            site.name, "its MLP has no gate" if feed is not None else "what it feeds could not be resolved"
+        )
     return SitePlan(site, other, _axis(other, config), sparsity, None, f"{other.name} instead of {entry.name}: {why}")
 
 

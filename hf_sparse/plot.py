@@ -4,6 +4,7 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,13 +41,14 @@ def plot_report(report: Report, path: Path) -> Path:
 
 def _new_figure() -> "Figure":
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display, unlike pyplot, and keeps no state
+        # These need no display and keep no state, unlike pyplot.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise HfSparseError("plots need matplotlib, which is not installed: pip install hf-sparse[plots].") from error
-    figure = Figure(figsize=(9, 6), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9, 6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08), facecolor="white")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # inches
     return figure
 
 
@@ -88,18 +90,20 @@ def _printable(text: str) -> str:
 
 
 def _style(axes: "Axes", blocks: Sequence[BlockReport]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_facecolor("white")
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.tick_params(colors=_INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    for left, right in zip(blocks, blocks[1:]):
+    for left, right in pairwise(blocks):
         if left.stack != right.stack:
             axes.axvline((left.index + right.index) / 2, color="#999999", linewidth=1, linestyle=":")
     if blocks:
         axes.set_xlim(blocks[0].index - 0.6, blocks[-1].index + 0.6)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_sparsity(axes: "Axes", report: Report, colours: dict[str, str]) -> None:
@@ -109,7 +113,9 @@ def _draw_sparsity(axes: "Axes", report: Report, colours: dict[str, str]) -> Non
         _say(axes, "no block was pruned")
         return
     heights = [100 * block.sparsity for block in report.blocks]
-    axes.bar([block.index for block in report.blocks], heights, width=0.8, color=[colours[b.stack] for b in report.blocks])
+    axes.bar(
+        [block.index for block in report.blocks], heights, width=0.8, color=[colours[b.stack] for b in report.blocks]
+    )
     axes.axhline(100 * report.sparsity, color=_INK, linewidth=1, linestyle="--")
     _remark(axes, f"dashed: all sites, {100 * report.sparsity:.2f} %")
 
@@ -138,7 +144,9 @@ def _remark(axes: "Axes", text: str) -> None:
 
 
 def _say(axes: "Axes", text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=12, color="#777777", style="italic")
+    axes.text(
+        0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=12, color="#777777", style="italic"
+    )
 
 
 def _legend(figure: "Figure", stacks: Sequence[str], colours: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Finds the sites of a model: every matrix that its blocks multiply with, whatever tensor holds it."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -7,9 +8,13 @@ from torch import nn
 
 from hf_sparse.blocks import Block, find_blocks
 from hf_sparse.families.exclusions import Exclusions, leftover
-from hf_sparse.families.experts import sites_of_experts
+from hf_sparse.families.experts import register_experts, sites_of_experts
+from hf_sparse.families.fused import register_fused
 from hf_sparse.families.linear import sites_of_linear
-from hf_sparse.sites import Site
+from hf_sparse.families.names import register_role
+from hf_sparse.sites import Site, plain_name
+
+__all__ = ["Inventory", "find_sites", "register_experts", "register_fused", "register_role"]
 
 
 _PARTNERS: dict[str, set[str | None]] = {"o": {"v"}, "gate": {"up", "down"}, "up": {"down"}, "down": {"up"}}
@@ -78,17 +83,19 @@ def _modules(
 
 def _with_partners(sites: list[Site]) -> list[Site]:
     """Takes back roles that make no sense alone: an out projection without values, a gate without up and down."""
-    return [site if _has_partner(site, sites) else replace(site, role=None) for site in sites]
+    roles_below: dict[str, set[str | None]] = defaultdict(set)
+    for site in sites:
+        path = plain_name(site.module).split(".")
+        for length in range(1, len(path) + 1):
+            roles_below[".".join(path[:length])].add(site.role)
+    return [site if _has_partner(site, roles_below) else replace(site, role=None) for site in sites]
 
 
-def _has_partner(site: Site, sites: list[Site]) -> bool:
+def _has_partner(site: Site, roles_below: dict[str, set[str | None]]) -> bool:
     needed = _PARTNERS.get(site.role or "")
     if needed is None:
         return True
-    path = site.module.removesuffix(".base_layer").removesuffix(".linear").split(".")
-    far = site.expert is not None or path[-1] == "dense" or path[-1].isdigit()  # BERT: attention.self beside attention.output
-    for levels in (1, 2) if far else (1,):
-        near = ".".join(path[:-levels]) + "."
-        if needed <= {other.role for other in sites if f"{other.module}.".startswith(near)}:
-            return True
-    return False
+    path = plain_name(site.module).removesuffix(".linear").split(".")
+    # BERT's attention.output.dense finds its v in attention.self; routed heads find theirs beside the experts
+    levels = 2 if site.expert is not None or path[-1] == "dense" or path[-1].isdigit() else 1
+    return any(needed <= roles_below[".".join(path[:-level])] for level in range(1, levels + 1))

@@ -11,14 +11,14 @@ from hf_sparse.sites import Rows, Site, plain_name
 
 
 class Experts(NamedTuple):
-    """A row of the table: a parameter of this name, in a class called so, at a path that ends so, holds these roles per expert."""
+    """A row of the table: a parameter of this name, in such a class, at a path that ends so, holds these roles per expert."""
 
     parameter: str
     roles: tuple[str, ...]
     owner: str = "*"
     pattern: str = "*"
     transposed: bool = False  # (expert, in, out); the module's own `is_transposed` goes first where it has one
-    count: str | None = None  # for two-dimensional parameters: the attribute that tells how many experts are stacked
+    stacked_by: str | None = None  # for a matrix: the attribute that tells how many experts are stacked in it
 
 
 EXPERT_PATTERNS: list[Experts] = [
@@ -34,9 +34,9 @@ EXPERT_PATTERNS: list[Experts] = [
     Experts("weight", ("down",), "*ParallelExperts", "*moe*.output_linear"),
     Experts("weight", ("q",), "*ParallelExperts", "*att*.experts.input_linear"),
     Experts("weight", ("o",), "*ParallelExperts", "*att*.experts.output_linear"),
-    Experts("w1", ("gate",), "DbrxExpertGLU", count="moe_num_experts"),
-    Experts("v1", ("up",), "DbrxExpertGLU", count="moe_num_experts"),
-    Experts("w2", ("down",), "DbrxExpertGLU", transposed=True, count="moe_num_experts"),
+    Experts("w1", ("gate",), "DbrxExpertGLU", stacked_by="moe_num_experts"),
+    Experts("v1", ("up",), "DbrxExpertGLU", stacked_by="moe_num_experts"),
+    Experts("w2", ("down",), "DbrxExpertGLU", transposed=True, stacked_by="moe_num_experts"),
 ]
 
 
@@ -49,7 +49,7 @@ def _entry(path: str, module: nn.Module, name: str, ndim: int) -> Experts | None
     for entry in EXPERT_PATTERNS:
         if (
             entry.parameter == name
-            and (ndim == 2) == (entry.count is not None)
+            and (ndim == 2) == (entry.stacked_by is not None)
             and fnmatchcase(type(module).__name__, entry.owner)
             and ends_with(path, entry.pattern)
         ):
@@ -69,7 +69,7 @@ def sites_of_experts(path: str, module: nn.Module, name: str, parameter: torch.T
         return []
     transposed = bool(getattr(module, "is_transposed", entry.transposed))
     interleaved = not getattr(module, "is_concatenated", True)
-    stacked = getattr(module, entry.count) if entry.count else None
+    stacked = getattr(module, entry.stacked_by) if entry.stacked_by else None
     shape = (stacked, parameter.shape[0] // stacked, parameter.shape[1]) if stacked else parameter.shape
     count, rows, columns = (shape[0], shape[2], shape[1]) if transposed else shape
     fused = len(entry.roles) == 2

@@ -25,8 +25,8 @@ def _attention_sites(path: str, name: str, parameter: torch.Tensor) -> list[Site
     whole = Site(plain, path, name, (rows, columns), _PROJECTIONS.get(name))
     if name in _PROJECTIONS:
         return [whole]
-    parts: list[tuple[str | None, Rows]] = [(role, Rows(1, 3, rows // 3, part, part + 1)) for part, role in enumerate("qkv")]
-    return _sites(path, plain, whole, parts)
+    thirds = [Rows(1, 3, rows // 3, part, part + 1) for part in range(3)]
+    return _sites(path, plain, whole, list(zip("qkv", thirds, strict=True)))
 
 
 def sites_of_linear(path: str, module: nn.Module, owner: nn.Module, name: str, parameter: torch.Tensor) -> list[Site]:
@@ -39,4 +39,4 @@ def sites_of_linear(path: str, module: nn.Module, owner: nn.Module, name: str, p
     transposed = isinstance(module, Conv1D)
     shape = (parameter.shape[1], parameter.shape[0]) if transposed else (parameter.shape[0], parameter.shape[1])
     whole = Site(plain, path, name, shape, role_of(plain), None, transposed)
-    return _sites(path, plain, whole, split(plain, shape[0], owner)) or [whole]
+    return _sites(path, plain, whole, split(plain, shape, owner)) or [whole]

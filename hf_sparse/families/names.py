@@ -2,46 +2,33 @@
 
 from fnmatch import fnmatchcase
 
+from hf_sparse.errors import ConfigError, unknown
+
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 
-# (end of the module path, role): components are compared from the end, without case, `*` within a component; first match wins.
-ROLE_PATTERNS: list[tuple[str, str]] = [
-    # attention, most particular first: BERT's two modules called `output.dense`
-    ("*att*.output.dense", "o"),
-    ("*att*.output", "o"),
-    *((f"{name}", "q") for name in ("q_proj", "query_proj", "q_lin", "linear_q", "to_q", "q_attn", "wq", "q_b_proj")),
-    *((f"{name}", "k") for name in ("k_proj", "key_proj", "k_lin", "linear_k", "to_k", "wk")),
-    *((f"{name}", "v") for name in ("v_proj", "value_proj", "v_lin", "linear_v", "to_v", "wv")),
-    *((f"{parent}.{name}", "q") for parent in ("*att*", "self") for name in ("query", "q")),
-    *((f"{parent}.{name}", "k") for parent in ("*att*", "self") for name in ("key", "k")),
-    *((f"{parent}.{name}", "v") for parent in ("*att*", "self") for name in ("value", "v")),
-    ("o_proj", "o"),
-    ("out_lin", "o"),
-    ("linear_out", "o"),
-    ("to_out", "o"),
-    *((f"*att*.{name}", "o") for name in ("out_proj", "dense", "proj", "c_proj", "wo", "o", "projection", "output_proj", "to_out.0")),
-    *((f"*att*.{name}", "o") for name in ("projection_layer", "final_linear")),
+# Role and ends of module paths: compared component by component from the end, without case, `*` within a component.
+# The first end that matches decides, so the more particular stand first.
+_TABLE = (
+    ("o", "*att*.output.dense *att*.output"),  # BERT has two modules called output.dense
+    ("q", "q_proj query_proj q_lin linear_q to_q q_attn wq q_b_proj *att*.query *att*.q self.query self.q"),
+    ("k", "k_proj key_proj k_lin linear_k to_k wk *att*.key *att*.k self.key self.k"),
+    ("v", "v_proj value_proj v_lin linear_v to_v wv *att*.value *att*.v self.value self.v"),
+    ("o", "o_proj out_lin linear_out to_out *att*.out_proj *att*.output_proj *att*.dense *att*.proj *att*.c_proj"),
+    ("o", "*att*.wo *att*.o *att*.projection *att*.projection_layer *att*.final_linear *att*.to_out.0"),
     # gated feed-forward
-    *((name, "gate") for name in ("gate_proj", "wi_0", "gate_linear")),
-    *((name, "up") for name in ("up_proj", "wi_1", "up_linear")),
-    *((name, "down") for name in ("down_proj", "down_linear")),
-    *((f"{parent}.w1", "gate") for parent in ("*feed_forward*", "*mlp*", "*expert*", "*ffn*")),
-    *((f"{parent}.w3", "up") for parent in ("*feed_forward*", "*mlp*", "*expert*", "*ffn*")),
-    *((f"{parent}.w2", "down") for parent in ("*feed_forward*", "*mlp*", "*expert*", "*ffn*")),
+    ("gate", "gate_proj wi_0 gate_linear ffn.proj_up_gate *feed_forward*.w1 *mlp*.w1 *expert*.w1 *ffn*.w1"),
+    ("up", "up_proj wi_1 up_linear ffn.proj_up *feed_forward*.w3 *mlp*.w3 *expert*.w3 *ffn*.w3"),
+    ("down", "down_proj down_linear ffn.proj_down *feed_forward*.w2 *mlp*.w2 *expert*.w2 *ffn*.w2"),
     # plain feed-forward
-    *((name, "up") for name in ("fc1", "linear_fc1", "fc_in", "c_fc", "lin1", "wi", "dense_h_to_4h", "intermediate_dense")),
-    *((name, "down") for name in ("fc2", "linear_fc2", "fc_out", "lin2", "wo", "dense_4h_to_h", "output_dense", "weights_out")),
-    *((name, "up") for name in ("intermediate.dense", "*ff*.layer_1", "linear1", "linear_1", "dense1", "input_linear", "ffn")),
-    *((name, "down") for name in ("output.dense", "*ff*.layer_2", "linear2", "linear_2", "dense2", "output_linear", "ffn_output")),
-    *((f"*{parent}*.c_proj", "down") for parent in ("mlp", "ffn")),
-    *((f"*{parent}*.{name}", "up") for parent in ("mlp", "ff") for name in ("proj_in", "in_proj", "layers.0", "0")),
-    *((f"*{parent}*.{name}", "down") for parent in ("mlp", "ff") for name in ("proj_out", "out_proj", "layers.1", "2", "3")),
-    *((name, "up") for name in ("intermediate_query.dense", "ffw_layer_1", "feed_forward.intermediate")),
-    *((name, "down") for name in ("output_query.dense", "ffw_layer_2", "feed_forward.output")),
-    ("ffn.proj_up_gate", "gate"),
-    ("ffn.proj_up", "up"),
-    ("ffn.proj_down", "down"),
-]
+    ("up", "fc1 linear_fc1 fc_in c_fc lin1 wi dense_h_to_4h intermediate_dense intermediate.dense"),
+    ("down", "fc2 linear_fc2 fc_out lin2 wo dense_4h_to_h output_dense output.dense"),
+    ("up", "linear1 linear_1 dense1 input_linear ffn intermediate_query.dense ffw_layer_1 feed_forward.intermediate"),
+    ("down", "linear2 linear_2 dense2 output_linear ffn_output output_query.dense ffw_layer_2 feed_forward.output"),
+    ("up", "*ff*.layer_1 *mlp*.proj_in *mlp*.in_proj *mlp*.layers.0 mlp.0 ff.0 ffn.0"),
+    ("down", "*ff*.layer_2 *mlp*.proj_out *mlp*.out_proj *mlp*.layers.1 mlp.2 ff.2 ff.3 ffn.2"),
+    ("down", "*mlp*.c_proj *ffn*.c_proj weights_out"),
+)
+ROLE_PATTERNS: list[tuple[str, str]] = [(pattern, role) for role, patterns in _TABLE for pattern in patterns.split()]
 
 
 def ends_with(path: str, pattern: str) -> bool:
@@ -54,7 +41,7 @@ def ends_with(path: str, pattern: str) -> bool:
 def register_role(pattern: str, role: str) -> None:
     """Let a path ending name a role, before all patterns known so far."""
     if role not in ROLES:
-        raise ValueError(f"Role {role!r} does not exist; allowed: {', '.join(ROLES)}.")
+        raise ConfigError(unknown("role", role, ROLES))
     ROLE_PATTERNS.insert(0, (pattern, role))
 
 

@@ -1,0 +1,58 @@
+"""The command line: one module a command, each with `add(parser)` and `run(arguments)`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from hf_sparse import environment
+from hf_sparse.errors import HfSparseError
+
+# Exit codes that scripts can rely on; argparse itself ends with 2 for words that it does not understand.
+OK, FAILED, INTERRUPTED = 0, 1, 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from hf_sparse.cli import demo, evaluate, inspect, methods, prune
+
+    parser = argparse.ArgumentParser(
+        prog="hf-sparse", description="Prune Hugging Face models, measure them and look inside."
+    )
+    parser.add_argument("--version", action="version", version=f"hf_sparse {environment.versions()['hf_sparse']}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in {
+        "demo": demo,
+        "prune": prune,
+        "evaluate": evaluate,
+        "inspect": inspect,
+        "methods": methods,
+    }.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add(command)
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of text for people")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; errors of the user's making are one line on stderr and exit code 1."""
+    arguments = _parser().parse_args(words)
+    try:
+        arguments.run(arguments)
+    except HfSparseError as error:
+        return _failed(arguments, error)
+    except OSError as error:  # a missing model or file, a full disk
+        return _failed(arguments, error)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written to the destination.", file=sys.stderr)
+        return INTERRUPTED
+    return OK
+
+
+def _failed(arguments: argparse.Namespace, error: Exception) -> int:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if arguments.json:
+        print(json.dumps({"error": lines[0], "kind": type(error).__name__}))
+    print(f"hf-sparse {arguments.command}: error: {lines[0]}", file=sys.stderr)
+    return FAILED

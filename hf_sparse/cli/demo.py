@@ -1,0 +1,127 @@
+"""Prune the embedded model in several ways, compare them, and write the best one with its card and picture."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_sparse import embedded, stdlib_text
+from hf_sparse.cli.prune import measured_pair
+from hf_sparse.cli.writing import check_destination, complete_folder
+from hf_sparse.config import SparsityConfig
+from hf_sparse.evaluate import Measurement, evaluate
+from hf_sparse.prune import prune_
+from hf_sparse.report import Report
+
+_WAYS = (("magnitude", "2:4"), ("wanda", "2:4"), ("dass", "2:4"), ("dass", "4:8"))
+_PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def __init__(self):\n", "import os\n\n")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("hf_sparse_demo"),
+        help="folder for the best model (default: hf_sparse_demo)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is not empty")
+    parser.add_argument("--windows", type=int, default=128, help="evaluation windows of 512 tokens (default 128)")
+    parser.add_argument("--num-samples", type=int, default=64, help="calibration windows of 512 tokens (default 64)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _prune(
+    metric: str, pattern: str, arguments: argparse.Namespace, tokenizer: Any, dense: Measurement
+) -> tuple[Any, Report]:
+    model = AutoModelForCausalLM.from_pretrained(embedded.model_path(), dtype=torch.float32)
+    config = SparsityConfig(
+        metric=metric, pattern=pattern, calibration="stdlib:calibration", num_samples=arguments.num_samples, sequence_length=512, seed=arguments.seed
+    )  # fmt: skip
+    report = prune_(model, config, tokenizer)
+    sparse = evaluate(model, "stdlib:evaluation", tokenizer=tokenizer, window=512, max_windows=arguments.windows)
+    report.evaluations.append(measured_pair(dense, sparse))
+    return model, report
+
+
+def _generate(folder: Path) -> list[str]:
+    """Load what was written as anyone would, and let it go on with a few lines of code."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    texts = []
+    for prompt in _PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        texts.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    return texts
+
+
+def run(arguments: argparse.Namespace) -> None:
+    start = time.monotonic()
+    check_destination(arguments.output, arguments.overwrite)
+    tokenizer = AutoTokenizer.from_pretrained(embedded.model_path())
+    dense_model = AutoModelForCausalLM.from_pretrained(embedded.model_path(), dtype=torch.float32)
+    dense = evaluate(dense_model, "stdlib:evaluation", tokenizer=tokenizer, window=512, max_windows=arguments.windows)
+    rows: list[dict[str, Any]] = [
+        {"metric": "dense", "pattern": "", "perplexity": dense.value, "sparsity": 0.0, "seconds": 0.0}
+    ]
+    best: tuple[float, Any, Report] | None = None
+    for metric, pattern in _WAYS:
+        model, report = _prune(metric, pattern, arguments, tokenizer, dense)
+        value = report.evaluations[0]["sparse"]
+        rows.append(
+            {
+                "metric": metric,
+                "pattern": pattern,
+                "perplexity": value,
+                "sparsity": report.sparsity,
+                "seconds": report.seconds,
+            }
+        )
+        if best is None or value < best[0]:
+            best = (value, model, report)
+    if best is None:
+        return
+    with complete_folder(arguments.output, arguments.overwrite) as folder:
+        tokenizer.save_pretrained(folder)
+        best[1].to(torch.bfloat16).save_pretrained(folder)
+    sizes = {"dense": _size(embedded.model_path()), "sparse": _size(arguments.output)}
+    texts = _generate(arguments.output)
+    fingerprints = {split: stdlib_text.fingerprint(split) for split in ("calibration", "evaluation")}
+    result = {
+        "rows": rows, "best": {"metric": best[2].config["metric"], "pattern": best[2].config["pattern"], "folder": str(arguments.output)},
+        "bytes": sizes, "generated": texts, "text": {"folder": str(stdlib_text.stdlib_folder()), "fingerprints": fingerprints},
+        "evaluation": dense.to_dict(), "versions": best[2].versions, "seconds": time.monotonic() - start,
+    }  # fmt: skip
+    print(json.dumps(result) if arguments.json else _told(result, best[2]))
+
+
+def _told(result: dict[str, Any], best: Report) -> str:
+    measured = result["evaluation"]
+    lines = [
+        f"embedded model, {best.parameters:,} parameters; text: sources of Python {best.versions['python']}'s standard library",
+        f"calibrated on stdlib:calibration ({result['text']['fingerprints']['calibration']}), measured on stdlib:evaluation "
+        f"({result['text']['fingerprints']['evaluation']}), {measured['tokens']} predicted tokens, windows of {measured['window']}",
+        "",
+        f"{'metric':<10} {'pattern':<8} {'zeros':>8} {'perplexity':>11} {'seconds':>8}",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"{row['metric']:<10} {row['pattern']:<8} {100 * row['sparsity']:>7.2f}% {row['perplexity']:>11.3f} {row['seconds']:>8.1f}"
+        )
+    lines += ["", str(best), ""]
+    sizes = result["bytes"]
+    lines.append(
+        f"weights on disk: dense {sizes['dense']:,} bytes, sparse {sizes['sparse']:,} bytes (zeros are stored; the file loads anywhere)"
+    )
+    lines.append(
+        f"the best, {result['best']['metric']} {result['best']['pattern']}, is in {result['best']['folder']} with its card and picture; it goes on with:"
+    )
+    lines += ["-" * 60, *("\n".join([text, "-" * 60]) for text in result["generated"])]
+    return "\n".join([*lines, f"{result['seconds']:.0f} s in all"])

@@ -1,0 +1,143 @@
+"""Prune a model and write it, with its report and card, to a folder."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_sparse.cli.loading import add_loading, hub_options, load_model, load_processor, model_name
+from hf_sparse.cli.writing import check_destination, complete_folder
+from hf_sparse.config import SparsityConfig
+from hf_sparse.errors import ConfigError
+from hf_sparse.evaluate import Measurement, evaluate
+from hf_sparse.prune import prune_
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="path or Hub id of the model, or 'embedded'")
+    parser.add_argument("destination", type=Path, help="folder to write; must be empty or absent")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a destination that is not empty, once the new one is complete"
+    )
+    parser.add_argument(
+        "--config", default=None, metavar="FILE", help="JSON or YAML file with the fields of SparsityConfig"
+    )
+    fields = parser.add_argument_group("fields of SparsityConfig (they override the file)")
+    for name, kind in {"pattern": str, "sparsity": float, "axis": str, "metric": str, "allocation": str, "update": str, "calibration": str,
+                       "num-samples": int, "sequence-length": int, "batch-size": str, "seed": int}.items():  # fmt: skip
+        fields.add_argument(f"--{name}", type=kind, default=None)
+    fields.add_argument(
+        "--targets", nargs="+", default=None, metavar="GLOB", help="all, mlp, attention or globs over site names"
+    )
+    fields.add_argument("--exclude", nargs="+", default=None, metavar="GLOB")
+    fields.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        help="such as dass.exponent=0.5; may be repeated",
+    )
+    measure = parser.add_argument_group("measuring")
+    measure.add_argument(
+        "--evaluate",
+        default=None,
+        metavar="TEXT",
+        help="measure the dense and the sparse model on this text (path, Hub id or stdlib:evaluation)",
+    )
+    measure.add_argument("--window", type=int, default=None, help="tokens a window (default 512)")
+    measure.add_argument("--max-windows", type=int, default=None, help="use only the first windows of the text")
+    measure.add_argument(
+        "--allow-same-text", action="store_true", help="allow to evaluate on the text that was calibrated on"
+    )
+    add_loading(parser)
+
+
+def options(words: list[str]) -> dict[str, dict[str, Any]]:
+    """`["dass.exponent=0.5"]` as `{"dass": {"exponent": 0.5}}`."""
+    found: dict[str, dict[str, Any]] = {}
+    for word in words:
+        path, equals, value = word.partition("=")
+        name, dot, key = path.partition(".")
+        if not (equals and dot and name and key):
+            raise ConfigError(f"option {word!r} cannot be read; write NAME.KEY=VALUE, such as dass.exponent=0.5.")
+        found.setdefault(name, {})[key] = yaml.safe_load(value)
+    return found
+
+
+def build_config(arguments: argparse.Namespace) -> SparsityConfig:
+    """The file's fields with the command line's on top."""
+    values = SparsityConfig.from_pretrained(arguments.config).to_dict() if arguments.config else {}
+    names = (
+        "pattern",
+        "sparsity",
+        "axis",
+        "metric",
+        "allocation",
+        "update",
+        "calibration",
+        "num_samples",
+        "sequence_length",
+        "seed",
+        "exclude",
+        "device",
+    )
+    values |= {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.targets is not None:
+        one = arguments.targets[0] if len(arguments.targets) == 1 else None
+        values["targets"] = one if one in ("all", "mlp", "attention") else arguments.targets
+    if arguments.batch_size is not None:
+        values["batch_size"] = int(arguments.batch_size) if arguments.batch_size.isdigit() else arguments.batch_size
+    if arguments.option:
+        merged = {name: dict(given) for name, given in values.get("options", {}).items()}
+        for name, given in options(arguments.option).items():
+            merged.setdefault(name, {}).update(given)
+        values["options"] = merged
+    return SparsityConfig.from_dict(values)
+
+
+def measured_pair(dense: Measurement, sparse: Measurement) -> dict[str, Any]:
+    """Two measurements of the same text as the report keeps them."""
+    return {
+        "dense": dense.value, "sparse": sparse.value, "metric": sparse.metric, "window": sparse.window, "stride": sparse.stride,
+        "text": sparse.text, "fingerprint": sparse.fingerprint, "tokens": sparse.tokens,
+    }  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = build_config(arguments)
+    check_destination(arguments.destination, arguments.overwrite)
+    if arguments.evaluate and arguments.evaluate == config.calibration and not arguments.allow_same_text:
+        raise ConfigError(
+            f"calibration and evaluation both name {arguments.evaluate!r}; measure on other text, or give --allow-same-text."
+        )
+    model = load_model(arguments)
+    processor = load_processor(arguments)
+    measuring = {
+        "tokenizer": processor,
+        "window": arguments.window,
+        "max_windows": arguments.max_windows,
+        "same_text_allowed": arguments.allow_same_text,
+    }
+    dense = evaluate(model, arguments.evaluate, **measuring) if arguments.evaluate else None
+    report = prune_(model, config, processor, tokenizer_options=hub_options(arguments))
+    if dense is not None:
+        report.evaluations.append(measured_pair(dense, evaluate(model, arguments.evaluate, **measuring)))
+    with complete_folder(arguments.destination, arguments.overwrite) as folder:
+        if processor is not None:
+            processor.save_pretrained(folder)
+        model.save_pretrained(folder)
+    if arguments.json:
+        print(
+            json.dumps(
+                {"model": model_name(arguments), "destination": str(arguments.destination), "report": report.to_dict()}
+            )
+        )
+        return
+    print(report)
+    for pair in report.evaluations:
+        print(
+            f"{pair['metric']} on {pair['text']}, windows of {pair['window']} tokens: dense {pair['dense']:.4f}, sparse {pair['sparse']:.4f}"
+        )
+    print(f"written to {arguments.destination}")

@@ -1,0 +1,102 @@
+"""Texts and chats become windows and rows of token ids."""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy
+import torch
+
+from hf_sparse.data.rows import TOKEN_COLUMNS, Sample
+from hf_sparse.errors import CalibrationError
+
+# Columns of a data set that are understood. Token ids come first (whoever made them meant them), then chats, then texts.
+_CHAT_COLUMNS, _TEXT_COLUMNS = ("messages", "conversations", "chat"), ("text", "content")
+_ROLES = {"human": "user", "gpt": "assistant"}  # what ShareGPT files call them
+# Text is read until there is this many times the windows asked for, so that a seed has something to choose from.
+_CHOICE = 4
+
+
+def kind_of(item: Any, name: str) -> str:
+    """What an item is: "text", "chat", "stream" or "rows"; raises CalibrationError for anything else."""
+    if isinstance(item, str):
+        return "text"
+    if hasattr(item, "ids") and isinstance(item.ids, torch.Tensor):
+        return "stream"
+    if isinstance(item, torch.Tensor | numpy.ndarray) or (isinstance(item, Mapping) and _has_tokens(item)):
+        return "rows"
+    if chat_of(item):
+        return "chat"
+    if isinstance(_column(item, _TEXT_COLUMNS), str):
+        return "text"
+    if isinstance(item, Mapping | Sequence) and len(item):
+        return "rows"
+    raise CalibrationError(
+        f"{name}: an item of type {type(item).__name__} is neither text, a chat, token ids nor a dict of tensors."
+    )
+
+
+def _has_tokens(item: Mapping[Any, Any]) -> bool:
+    return _column(item, TOKEN_COLUMNS) is not None
+
+
+def _column(item: Any, names: Sequence[str]) -> Any:
+    return next((item[key] for key in names if key in item), None) if isinstance(item, Mapping) else None
+
+
+def chat_of(item: Any) -> list[Mapping[str, Any]] | None:
+    """The turns of a conversation, each with role and content; None if the item is none."""
+    turns = _column(item, _CHAT_COLUMNS) if isinstance(item, Mapping) else item
+    if not isinstance(turns, list | tuple) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        return None
+    if all("role" in turn for turn in turns):
+        return list(turns)
+    if all("from" in turn and "value" in turn for turn in turns):
+        return [{"role": _ROLES.get(str(turn["from"]), str(turn["from"])), "content": turn["value"]} for turn in turns]
+    return None
+
+
+def chat_row(item: Any, tokenizer: Any, length: int, name: str) -> Sample:
+    """One conversation through the tokenizer's chat template, cut at `length` tokens."""
+    chat = chat_of(item)
+    if chat is None:
+        raise CalibrationError(f"{name}: after chats came an item of type {type(item).__name__}; do not mix kinds.")
+    try:
+        encoded = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    except Exception as error:  # templates raise what they like
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(
+            f"{name}: the tokenizer's chat template refused a conversation ({why}); give texts instead."
+        ) from error
+    return {"input_ids": torch.tensor([encoded[:length]], dtype=torch.long)}
+
+
+def text_ids(items: Iterable[Any], tokenizer: Any, length: int, wanted: int | None, name: str) -> torch.Tensor:
+    """Texts tokenised and joined behind their first-token marks; no more of them than a choice of `wanted` windows needs."""
+    budget = None if wanted is None else _CHOICE * wanted * length
+    ids: list[int] = []
+    mark = [tokenizer.bos_token_id] if getattr(tokenizer, "bos_token_id", None) is not None else []
+    for item in items:
+        text = item if isinstance(item, str) else _column(item, _TEXT_COLUMNS)
+        if not isinstance(text, str):
+            raise CalibrationError(f"{name}: after texts came an item of type {type(item).__name__}; do not mix kinds.")
+        if encoded := tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:
+            ids += [*mark, *encoded]
+        if budget is not None and len(ids) >= budget:
+            break
+    if not ids:
+        raise CalibrationError(f"{name} is empty; give at least one text.")
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def windows(ids: torch.Tensor, length: int, stride: int | None, wanted: int | None, seed: int) -> list[Sample]:
+    """Full windows of a row of token ids, or a seeded choice of them in order; what is left at the end is dropped.
+
+    A row shorter than one window is a sample itself where no more than one is wanted.
+    """
+    if ids.numel() < length:
+        return [{"input_ids": ids[None]}] if wanted in (None, 1) else []
+    rows = [{"input_ids": window[None]} for window in ids.unfold(0, length, stride or length)]
+    if wanted is None or len(rows) <= wanted:
+        return rows
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), wanted))]

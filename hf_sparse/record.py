@@ -1,0 +1,110 @@
+"""Records what enters the sites of a block while it runs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hf_sparse.data import Batch
+from hf_sparse.errors import CalibrationError
+from hf_sparse.observe import Observer, Operand, operand_of
+from hf_sparse.registry import STATISTICS
+from hf_sparse.sites import Site
+from hf_sparse.statistics import Statistic
+
+ERROR_SAMPLE = 512  # tokens at most on which the output error of a site is measured
+
+
+class Recorder:
+    """Adds up the statistics of a block's inputs over its calls.
+
+    Statistics belong to inputs: products that read the very same tensor in one call share one (q, k and v; gate and up).
+    """
+
+    def __init__(self, sites: Sequence[Site], needs: dict[Operand, set[str]], sample_each: int) -> None:
+        self._needs = needs
+        self._sample_each = sample_each
+        self.input_of: dict[Operand, Operand] = {}  # operand -> the first operand that read the same input
+        self.statistics: dict[tuple[Operand, str], Statistic] = {}
+        self.samples: dict[Operand, list[torch.Tensor]] = {}
+        self._wanted = {operand_of(site) for site in sites}
+        self._present: dict[tuple[int, tuple[int, ...], int], tuple[Operand, torch.Tensor]] = {}
+
+    def seen(self, operand: Operand, x: torch.Tensor, product: torch.Tensor) -> None:
+        """The observer's callback."""
+        if operand not in self._wanted:
+            return
+        identity = (x.data_ptr(), (x.numel(), x.shape[-1]), x._version)
+        if identity in self._present:
+            first = self._present[identity][0]
+            shared = self.input_of.setdefault(operand, first)
+            if shared == first:
+                self._add_missing(first, operand, x)
+                return
+        key = self.input_of.setdefault(operand, operand)
+        self._present[identity] = (key, x)  # kept until the call ends, so that no other tensor takes its address
+        flat = x.detach().reshape(-1, x.shape[-1])
+        for name in sorted(self._needs.get(operand, ())):
+            self._statistic(key, name, flat).add(flat)
+        kept = self.samples.setdefault(key, [])
+        if flat.shape[0] and sum(map(len, kept)) < ERROR_SAMPLE:
+            step = max(1, flat.shape[0] // self._sample_each)
+            kept.append(flat[::step][: self._sample_each].clone())
+
+    def _statistic(self, key: Operand, name: str, flat: torch.Tensor) -> Statistic:
+        if (key, name) not in self.statistics:
+            self.statistics[key, name] = STATISTICS[name].function(flat.shape[-1], flat.device)  # type: ignore[assignment]
+        return self.statistics[key, name]
+
+    def _add_missing(self, first: Operand, operand: Operand, x: torch.Tensor) -> None:
+        """A later reader of the same input may need a statistic that the first one did not."""
+        for name in sorted(self._needs.get(operand, set()) - self._needs.get(first, set())):
+            flat = x.detach().reshape(-1, x.shape[-1])
+            self._statistic(first, name, flat).add(flat)
+
+    def end_call(self, batch: Batch, names: dict[Operand, str]) -> None:
+        """Forget the tensors of one call; refuse inputs that were not finite.
+
+        Raises: CalibrationError that names the site and, where the input still shows it, the sample.
+        """
+        for key, x in self._present.values():
+            statistics = [statistic for (owner, _), statistic in self.statistics.items() if owner == key]
+            finite = all(bool(torch.isfinite(statistic.value).all()) for statistic in statistics)
+            if not finite or (not statistics and not bool(torch.isfinite(x.sum()))):
+                raise CalibrationError(self._not_finite(key, x, batch, names))
+        self._present.clear()
+
+    def _not_finite(self, key: Operand, x: torch.Tensor, batch: Batch, names: dict[Operand, str]) -> str:
+        numbers = list(batch.numbers)
+        if len(x) == len(numbers):
+            bad = [number for number, row in zip(numbers, x, strict=True) if not bool(torch.isfinite(row).all())]
+            numbers = bad or numbers
+        where = f"sample {numbers[0]}" if len(numbers) == 1 else f"one of samples {numbers[0]} to {numbers[-1]}"
+        return (
+            f"the input of {names.get(key, key.module)} is NaN or infinite for {where}; "
+            "drop that sample, or load the model in a wider dtype (float16 overflows easily)."
+        )
+
+    def tokens(self, site: Site) -> int:
+        """How many tokens reached the site; 0 for an expert that none was sent to."""
+        key = self.input_of.get(operand_of(site))
+        return (
+            0
+            if key is None
+            else max((s.tokens for (owner, _), s in self.statistics.items() if owner == key), default=1)
+        )
+
+    def own(self, site: Site) -> dict[str, torch.Tensor]:
+        """The values measured for the site's input."""
+        key = self.input_of.get(operand_of(site))
+        return {name: statistic.value for (owner, name), statistic in self.statistics.items() if owner == key}
+
+    def sample(self, site: Site) -> torch.Tensor | None:
+        """Some tokens of the site's input (at most 512), or None where none came."""
+        key = self.input_of.get(operand_of(site))
+        kept = self.samples.get(key, []) if key is not None else []
+        return torch.cat(kept)[:ERROR_SAMPLE] if kept else None
+
+    def observe(self, model: nn.Module, sites: Sequence[Site]) -> Observer:
+        """The context manager that feeds this recorder while a block runs."""
+        return Observer(model, sites, self.seen)

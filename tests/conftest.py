@@ -1,0 +1,37 @@
+"""Set-up that has to happen before anything heavy is imported, and the fixtures that all tests share."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported; no test may depend on a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked data loaders would warn
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis
+import pytest
+import torch
+import transformers
+
+torch.set_num_threads(1)  # the models are tiny: more threads cost time, and figures would depend on the machine
+transformers.utils.logging.disable_progress_bar()
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder with the small real model, its text and the reference masks; tests that need it are skipped without it."""
+    given = os.environ.get("HF_SPARSE_TEST_DATA")
+    if given:
+        if not Path(given).is_dir():
+            pytest.fail(f"HF_SPARSE_TEST_DATA is {given!r}, which is no folder; correct it or unset it.")
+        return Path(given)
+    for folder in (ROOT.parent / "shared", ROOT / "shared"):
+        if (folder / "models").is_dir():
+            return folder
+    pytest.skip("no test data: set HF_SPARSE_TEST_DATA to its folder, or put it into `shared` beside the checkout")
