@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 # The lowest torch is not in constraints-lowest.txt: wheels of older releases come with gigabytes of CUDA libraries on Linux
-# unless an index of CPU builds is given. `make test-lowest LOWEST_TORCH=torch==2.7.0` takes the oldest one.
+# unless an index of CPU builds is given. `make test-lowest LOWEST_TORCH=torch==2.6.0` takes the oldest one.
 LOWEST_TORCH ?= torch==2.13.0
 PYTEST_FLAGS ?=
 
@@ -14,7 +14,7 @@ PYTEST_FLAGS ?=
 .DELETE_ON_ERROR:
 
 demo: $(RUN_STAMP)
-	$(BIN)/hf-sparse demo
+	$(BIN)/hf-sparse demo --overwrite
 
 test: $(RUN_STAMP)
 	$(BIN)/python -m pytest -m "not slow" --session-timeout=840 $(PYTEST_FLAGS)
@@ -24,7 +24,7 @@ test-slow: $(RUN_STAMP)
 	$(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_FLAGS) || [ $$? -eq 5 ]
 
 benchmark: $(RUN_STAMP)
-	$(BIN)/python -m pytest tests/benchmarks -s --timeout=0 $(PYTEST_FLAGS)
+	$(BIN)/python tests/benchmarks/pruning.py
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

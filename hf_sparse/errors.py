@@ -37,4 +37,5 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
     near = get_close_matches(str(given), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{kind} {given!r} does not exist.{hint} Allowed: {', '.join(map(repr, names))}."
+    allows = f"Allowed: {', '.join(map(repr, names))}." if names else "None is known."
+    return f"{kind} {given!r} does not exist.{hint} {allows}"

@@ -19,6 +19,7 @@ from hf_sparse.report import FILE_NAME as REPORT_FILE
 
 PICTURE_FILE = "hf_sparse_report.png"
 _LOCK = threading.Lock()
+_FROM_AUTO = "_hf_sparse_config"  # how our two wrappers pass the config on
 _enabled = False
 # Arguments of from_pretrained that the tokenizer beside the model needs as well.
 _SHARED = (
@@ -50,15 +51,6 @@ def _checked(value: Any, kwargs: dict[str, Any]) -> SparsityConfig:
     return config
 
 
-def _absorbed(kwargs: dict[str, Any]) -> SparsityConfig | None:
-    """A config.json with a key of the same name makes AutoConfig take the argument for its own; take it back."""
-    found = getattr(kwargs.get("config"), "sparsity_config", None)
-    if isinstance(found, SparsityConfig):
-        del kwargs["config"].sparsity_config
-        return found
-    return None
-
-
 def _report_file(path: Any, kwargs: dict[str, Any]) -> Path | None:
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     found = cached_file(
@@ -74,7 +66,7 @@ def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _enabled:
             given = {} if sparsity_config is None else {"sparsity_config": sparsity_config}
             return original(cls, *args, **kwargs, **given)
-        wanted = sparsity_config if sparsity_config is not None else _absorbed(kwargs)
+        wanted = kwargs.pop(_FROM_AUTO, sparsity_config)
         config = None if wanted is None else _checked(wanted, kwargs)
         result = original(cls, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
@@ -96,8 +88,9 @@ def _wrap_auto(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         if _enabled and kwargs.get("sparsity_config") is not None:
-            # Auto classes deep-copy their arguments; a SparsityConfig shares its calibration data, a dict would not.
-            kwargs["sparsity_config"] = _checked(kwargs["sparsity_config"], kwargs)
+            # Auto classes deep-copy their arguments; a SparsityConfig shares its calibration data, a dict would not. And they
+            # offer each argument to the model's config first, which takes what has the name of one of its own keys.
+            kwargs[_FROM_AUTO] = _checked(kwargs.pop("sparsity_config"), kwargs)
         return original(cls, *args, **kwargs)
 
     return from_pretrained

@@ -45,21 +45,28 @@ class Registry(Generic[F]):
         def file(function: F) -> F:
             if name in self._entries:
                 raise ConfigError(f"{self.kind} {name!r} is already registered; choose another name.")
-            summary = (function.__doc__ or "").strip().splitlines()[0] if function.__doc__ else ""
+            summary = next(iter((function.__doc__ or "").strip().splitlines()), "")
             self._entries[name] = Entry(
-                name, function, summary, source, frozenset(needs), frozenset(consumer_needs), dict(options or {}), traits
+                name,
+                function,
+                summary,
+                source,
+                frozenset(needs),
+                frozenset(consumer_needs),
+                dict(options or {}),
+                traits,
             )
             return function
 
         return file
 
     def __getitem__(self, name: str) -> Entry[F]:
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             raise ConfigError(unknown(self.kind, name, self._entries))
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[Entry[F]]:
         return iter(self._entries.values())

@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from hf_sparse.errors import CheckpointError, HfSparseError
 
 FILE_NAME = "hf_sparse_report.json"
 FORMAT = 1
 _LARGEST_FILE = 256 * 2**20
+_CALIBRATION = ("source", "samples", "tokens", "batch_size", "fingerprint")
 
 
 @dataclass
@@ -99,8 +101,9 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` takes back."""
-        return {**dataclasses.asdict(self), "totals": self.totals()}
+        """Plain data that `from_dict` takes back and JSON can hold: a figure that is not finite becomes None."""
+        plain: dict[str, Any] = _finite({**dataclasses.asdict(self), "totals": self.totals()})
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -108,18 +111,22 @@ class Report:
         try:
             known = {item.name for item in dataclasses.fields(cls)}
             plain = {key: value for key, value in values.items() if key in known}
-            blocks = [
-                BlockReport(**{**block, "sites": [SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in block["sites"]]})
-                for block in plain.pop("blocks")
-            ]
-            return cls(**plain, blocks=blocks)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if plain.get("format", FORMAT) != FORMAT:
+                raise CheckpointError(
+                    f"the report has format {plain['format']!r}, this hf_sparse reads {FORMAT}; upgrade hf_sparse."
+                )
+            report = cls(**{**plain, "blocks": [_block(block) for block in plain["blocks"]]})
+        except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"this is no report of hf_sparse ({type(error).__name__}: {error}).") from error
+        for wrong in _misfits(report):
+            raise CheckpointError(f"this is no report of hf_sparse: {wrong}.")
+        return report
 
     def save(self, folder: str | Path) -> Path:
-        """Write `hf_sparse_report.json` into a folder."""
+        """Write `hf_sparse_report.json` into a folder, made if absent."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
         path = Path(folder) / FILE_NAME
-        path.write_text(json.dumps(_finite(self.to_dict()), indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -134,7 +141,7 @@ class Report:
             raise CheckpointError(f"cannot read the report {str(file)!r}: {error.strerror}.") from error
         except HfSparseError:
             raise
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{str(file)!r} is not valid JSON: {error}.") from error
         if not isinstance(values, dict):
             raise CheckpointError(f"{str(file)!r} holds no report.")
@@ -148,6 +155,45 @@ class Report:
         from hf_sparse.plot import plot_report  # matplotlib is an extra and slow to import
 
         return plot_report(self, Path(path))
+
+
+def _block(values: Mapping[str, Any]) -> BlockReport:
+    sites = [SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in values["sites"]]
+    return BlockReport(**{**values, "sites": sites})
+
+
+_HINTS = {kind.__name__: get_type_hints(kind) for kind in (SiteReport, BlockReport, Report)}
+
+
+def _misfits(part: "Report | BlockReport | SiteReport") -> Iterable[str]:
+    """What in a report that was read is not of the type it must have, as it may come from anyone."""
+    for name, hint in _HINTS[type(part).__name__].items():
+        value = getattr(part, name)
+        if not _fits(value, hint):
+            yield f"{name} is {value!r:.80}"
+        for inner in value if name in ("blocks", "sites") and isinstance(value, list) else ():
+            yield from _misfits(inner)
+    if isinstance(part, Report):
+        needed = {"config": ("pattern", "metric"), "calibration": _CALIBRATION if part.calibration is not None else ()}
+        yield from (
+            f"{name} has no {key}" for name, keys in needed.items() for key in keys if key not in getattr(part, name)
+        )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if kind in (list, tuple):
+        right_length = kind is list or len(value) == len(inner)
+        return isinstance(value, kind) and right_length and all(_fits(item, inner[0]) for item in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) and _fits(value[key], inner[1]) for key in value)
+    if hint is float:
+        return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < math.inf
+    if hint is int:
+        return not isinstance(value, bool) and isinstance(value, int) and abs(value) < 2**63
+    return hint is Any or isinstance(value, hint)
 
 
 def _finite(value: Any) -> Any:
@@ -174,7 +220,8 @@ def _counted(values: Iterable[str]) -> str:
 def _lines(report: Report) -> Iterable[str]:
     config = report.config
     yield (
-        f"{report.model_class}: {config['pattern']} with {config['metric']}, {len(report.sites)} sites in {len(report.blocks)} blocks, "
+        f"{report.model_class}: {config['pattern']} with {config['metric']}, "
+        f"{len(report.sites)} sites in {len(report.blocks)} blocks, "
         f"{percent(report.sparsity)} zeros in the sites, {percent(report.block_sparsity)} in all block weights"
     )
     width = max([len(block.name) for block in report.blocks], default=5)
@@ -182,13 +229,15 @@ def _lines(report: Report) -> Iterable[str]:
     for block in report.blocks:
         how = f"{_counted(site.axis for site in block.sites)}; {_counted(site.metric for site in block.sites)}"
         error = "not measured" if block.output_error is None else f"{block.output_error:.4f}"
-        yield f"{block.name:<{width}}  {len(block.sites):>5}  {percent(block.sparsity):>9}  {error:>12}  {block.seconds:>8.2f}  {how}"
+        counted = f"{len(block.sites):>5}  {percent(block.sparsity):>9}"
+        yield f"{block.name:<{width}}  {counted}  {error:>12}  {block.seconds:>8.2f}  {how}"
     if report.calibration:
         data = report.calibration
         yield (
-            f"calibrated on {data['source']}: {data['samples']} samples, {data['tokens']} tokens, batches of {data['batch_size']}, "
-            f"fingerprint {data['fingerprint']}"
+            f"calibrated on {data['source']}: {data['samples']} samples, {data['tokens']} tokens, "
+            f"batches of {data['batch_size']}, fingerprint {data['fingerprint']}"
         )
-    memory = "" if report.peak_memory_bytes is None else f", peak memory of the process {report.peak_memory_bytes / 2**20:.0f} MiB"
+    peak = report.peak_memory_bytes
+    memory = "" if peak is None else f", peak memory of the process {peak / 2**20:.0f} MiB"
     yield f"{report.seconds:.1f} s{memory}"
     yield from (f"note: {note}" for note in report.notes)

@@ -26,7 +26,10 @@ class Statistic(Protocol):
 
 @STATISTICS.register("norm", source="arXiv 2306.11695, section 3")
 class Norm:
-    """L2 norm of each input feature over all tokens, (in,): squares summed in fp32 within a batch, in fp64 across batches."""
+    """L2 norm of each input feature over all tokens, (in,).
+
+    Squares are summed in fp32 within a batch, in fp64 across batches.
+    """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.squares = torch.zeros(features, dtype=torch.float64, device=device)
@@ -45,7 +48,8 @@ class Norm:
         return self.squares.sqrt().float()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"squares": self.squares, "tokens": torch.tensor(self.tokens)}
+        return {"squares": self.squares.clone(), "tokens": torch.tensor(self.tokens)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.squares, self.tokens = state["squares"].clone(), int(state["tokens"])
+        self.squares = state["squares"].to(self.squares, copy=True)
+        self.tokens = int(state["tokens"])

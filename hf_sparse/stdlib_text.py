@@ -10,8 +10,9 @@ from hf_sparse.errors import CalibrationError, unknown
 Split = Literal["training", "calibration", "development", "evaluation"]
 
 # Generated tables and near-identical codec files say nothing about a model of source code.
-_LEFT_OUT = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "config"}
-# Tests are trained on where they are installed, but many distributions leave them out, so the other splits never use them.
+_LEFT_OUT = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
+_BUILD_FOLDER = "config-"  # config-3.11-x86_64-linux-gnu: how this very Python was built
+# Tests are trained on where they are installed, but many distributions leave them out: no other split uses them.
 _TESTS = {"test", "tests", "idle_test"}
 
 
@@ -40,7 +41,8 @@ def files(split: str) -> list[Path]:
         raise CalibrationError(unknown("split of the standard library", split, get_args(Split)))
     folder = stdlib_folder()
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
-    return [folder / name for name in names if not _LEFT_OUT & set(name.split("/")) and split_of(name) == split]
+    library = [name for name in names if not _LEFT_OUT & set(name.split("/")) and not name.startswith(_BUILD_FOLDER)]
+    return [folder / name for name in library if split_of(name) == split]
 
 
 def texts(split: str) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from hf_sparse.data.rows import Sample, rows_of, shortened
-from hf_sparse.data.sources import Stream, open_source
+from hf_sparse.data.rows import Sample, Stream, rows_of, shortened
+from hf_sparse.data.sources import open_source
 from hf_sparse.data.text import chat_row, kind_of, text_ids, windows
 from hf_sparse.errors import CalibrationError
 
@@ -48,9 +48,10 @@ def read_samples(
 ) -> Samples:
     """The first or a seeded choice of `num_samples` samples, each at most `sequence_length` tokens long.
 
-    Texts are joined, tokenised and cut into windows; chats go through the tokenizer's template, one sample a conversation; token
-    rows and dicts are samples as they are, without their padding. `tokenizer` is only called when text is met. With `all_rows`
-    every window of the source is taken, in order; `stride` makes the windows of a text start that many tokens apart.
+    Texts are joined, tokenised and cut into windows; chats go through the tokenizer's template, one sample a
+    conversation; token rows and dicts are samples as they are, without their padding. `tokenizer` is only called when
+    text is met. With `all_rows` every window of the source is taken, in order; `stride` makes the windows of a text
+    start that many tokens apart.
 
     Raises: CalibrationError where there are no samples, fewer than asked for, or ones that do not fit the model.
     """
@@ -61,7 +62,9 @@ def read_samples(
     first, items = _peek(items, name)
     kind = kind_of(first, name)
     if kind == "text":
-        rows = windows(text_ids(items, tokenizer(), length, wanted, name), length, stride, wanted, seed)
+        ids = text_ids(items, tokenizer(), length, wanted, name)
+        # A text shorter than one window serves where one is enough.
+        rows = windows(ids, min(length, len(ids)) if wanted in (None, 1) else length, stride, wanted, seed)
     elif kind == "stream":
         rows = windows(first.ids, length, stride, wanted, seed)
     elif kind == "chat":
@@ -69,8 +72,8 @@ def read_samples(
     else:
         every = (row for item in items for row in rows_of(item, name, limits.encoder_decoder))
         rows = [shortened(row, sequence_length) for row in itertools.islice(every, wanted)]
-    if wanted is not None and len(rows) < wanted:
-        raise CalibrationError(_too_few(name, kind, len(rows), wanted, length))
+    if len(rows) < (wanted or 1):
+        raise CalibrationError(_too_few(name, kind, len(rows), wanted or 1, length))
     for number, row in enumerate(rows):
         _check(row, number, limits)
     return Samples(rows, name, fingerprint(rows), sum(tokens_of(row) for row in rows))
@@ -139,7 +142,7 @@ def _too_few(name: str, kind: str, found: int, wanted: int, length: int) -> str:
         "set a shorter sequence_length" if cut else "",
     ]
     return (
-        f"{name} gives {found} samples{f' of {length} tokens' if cut else ''}, {wanted} were asked for; "
+        f"{name} gives {found} {f'windows of {length} tokens' if cut else 'samples'}, {wanted} were asked for; "
         f"{', or '.join(remedy for remedy in remedies if remedy)}."
     )
 

@@ -1,6 +1,7 @@
 """Token rows and dicts of tensors become samples: one row each, without the padding."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -9,12 +10,19 @@ import torch
 from hf_sparse.errors import CalibrationError
 
 Sample = dict[str, torch.Tensor]
-TOKEN_COLUMNS = ("input_ids", "tokens")
 # Lists are only taken under these names (data sets have other columns too); tensors under any.
 _LISTS = (
-    "input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "decoder_input_ids", "decoder_attention_mask",
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "labels",
+    "decoder_input_ids", "decoder_attention_mask",
 )  # fmt: skip
 _IGNORED = -100  # the label that losses leave out
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One long row of token ids, to be cut into windows (a row in a list is a sample as it is)."""
+
+    ids: torch.Tensor
 
 
 def is_whole(values: torch.Tensor) -> bool:
@@ -81,7 +89,8 @@ def _dict_rows(values: Sample, name: str, encoder_decoder: bool) -> Iterator[Sam
         if key in values:
             if not is_whole(values[key]) or values[key].ndim == 0:
                 raise CalibrationError(
-                    f"{name}: {key} of shape {tuple(values[key].shape)} and type {values[key].dtype} is no row of token ids."
+                    f"{name}: {key} of shape {tuple(values[key].shape)} and type {values[key].dtype} "
+                    "is no row of token ids."
                 )
             values = {**values, key: values[key].long()}
     if "input_ids" in values and values["input_ids"].ndim == 1:

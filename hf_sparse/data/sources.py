@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,13 @@ import numpy
 import torch
 
 from hf_sparse import stdlib_text
-from hf_sparse.data.rows import is_whole, tensor_of
+from hf_sparse.data.rows import Stream, is_whole, tensor_of
 from hf_sparse.data.text import chat_of
 from hf_sparse.errors import CalibrationError
 
 # A Hub data set: `name` or `user/name`, then perhaps `:subset` and `:split`.
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[^:\n]*){0,2}")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:.*)?")
 _LONGEST_NAME = 500
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One long row of token ids, to be cut into windows (a row in a list is a sample as it is)."""
-
-    ids: torch.Tensor
 
 
 def open_source(source: Any) -> tuple[str, Iterator[Any]]:
@@ -37,13 +29,13 @@ def open_source(source: Any) -> tuple[str, Iterator[Any]]:
         return _open_array(source)
     kind = type(source).__name__
     if isinstance(source, Mapping):
-        return ("a dict of tensors" if kind == "dict" else kind), iter([source])
+        return "a dict of tensors", iter([source])
     if isinstance(source, list | tuple) and source and all(isinstance(item, int | numpy.integer) for item in source):
         return _open_array(torch.tensor(source))
-    if chat_of(source):
-        return "a chat", iter([source])
     size = _size(source)
     name = kind if size is None else f"{kind} of {size}"
+    if chat_of(source):
+        return name, iter([source])
     if isinstance(source, Iterable):
         return name, iter(source)
     if size is not None and hasattr(source, "__getitem__"):  # a torch Dataset

@@ -7,10 +7,10 @@ from typing import Any
 import numpy
 import torch
 
-from hf_sparse.data.rows import TOKEN_COLUMNS, Sample
+from hf_sparse.data.rows import Sample, Stream
 from hf_sparse.errors import CalibrationError
 
-# Columns of a data set that are understood. Token ids come first (whoever made them meant them), then chats, then texts.
+# Columns of a data set that are understood. Token ids go first (whoever made them meant them), then chats, then texts.
 _CHAT_COLUMNS, _TEXT_COLUMNS = ("messages", "conversations", "chat"), ("text", "content")
 _ROLES = {"human": "user", "gpt": "assistant"}  # what ShareGPT files call them
 # Text is read until there is this many times the windows asked for, so that a seed has something to choose from.
@@ -21,7 +21,7 @@ def kind_of(item: Any, name: str) -> str:
     """What an item is: "text", "chat", "stream" or "rows"; raises CalibrationError for anything else."""
     if isinstance(item, str):
         return "text"
-    if hasattr(item, "ids") and isinstance(item.ids, torch.Tensor):
+    if isinstance(item, Stream):
         return "stream"
     if isinstance(item, torch.Tensor | numpy.ndarray) or (isinstance(item, Mapping) and _has_tokens(item)):
         return "rows"
@@ -37,7 +37,9 @@ def kind_of(item: Any, name: str) -> str:
 
 
 def _has_tokens(item: Mapping[Any, Any]) -> bool:
-    return _column(item, TOKEN_COLUMNS) is not None
+    ids = _column(item, ("input_ids", "tokens"))
+    words = isinstance(ids, list | tuple) and len(ids) > 0 and isinstance(ids[0], str)  # data sets of tagged words
+    return ids is not None and not words
 
 
 def _column(item: Any, names: Sequence[str]) -> Any:
@@ -72,7 +74,7 @@ def chat_row(item: Any, tokenizer: Any, length: int, name: str) -> Sample:
 
 
 def text_ids(items: Iterable[Any], tokenizer: Any, length: int, wanted: int | None, name: str) -> torch.Tensor:
-    """Texts tokenised and joined behind their first-token marks; no more of them than a choice of `wanted` windows needs."""
+    """Texts tokenised and joined behind their first-token marks, no more than a choice of `wanted` windows needs."""
     budget = None if wanted is None else _CHOICE * wanted * length
     ids: list[int] = []
     mark = [tokenizer.bos_token_id] if getattr(tokenizer, "bos_token_id", None) is not None else []
@@ -90,12 +92,9 @@ def text_ids(items: Iterable[Any], tokenizer: Any, length: int, wanted: int | No
 
 
 def windows(ids: torch.Tensor, length: int, stride: int | None, wanted: int | None, seed: int) -> list[Sample]:
-    """Full windows of a row of token ids, or a seeded choice of them in order; what is left at the end is dropped.
-
-    A row shorter than one window is a sample itself where no more than one is wanted.
-    """
+    """Full windows of a row of token ids, or a seeded choice of them in order; what is left at the end is dropped."""
     if ids.numel() < length:
-        return [{"input_ids": ids[None]}] if wanted in (None, 1) else []
+        return []
     rows = [{"input_ids": window[None]} for window in ids.unfold(0, length, stride or length)]
     if wanted is None or len(rows) <= wanted:
         return rows

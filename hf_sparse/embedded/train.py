@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, __version__
 
@@ -68,6 +69,36 @@ def evaluate(model: LlamaForCausalLM, tokens: torch.Tensor, rows: int = 128) -> 
         losses = [model(input_ids=batch, labels=batch).loss.item() for batch in windows.split(16)]
     model.train()
     return sum(losses) / len(losses)
+
+
+def write_card(folder: Path) -> None:
+    """Write the model's card from the facts that training left beside it."""
+    facts = json.loads((folder / "training.json").read_text())
+    data = ModelCardData(license="apache-2.0", library_name="transformers", pipeline_tag="text-generation", language="code")
+    text = f"""---
+{data}
+---
+
+# A small model of Python source code
+
+A Llama of {facts["parameters"]:,} parameters (8 blocks, hidden size 192, SwiGLU of 512, 6 heads over 2 key-value heads, tied
+embeddings, a byte-level BPE of {VOCABULARY} tokens, windows of up to {WINDOW} tokens). It is here so that pruning can be tried and tested
+on a real, trained model without a download. It writes text that looks like Python; it is not useful for writing programs.
+
+Trained from scratch on the sources of the standard library of Python {facts["python"]} ({facts["training_tokens"]:,} tokens; split `training`,
+fingerprint `{facts["fingerprints"]["training"]}`): {facts["tokens_seen"]:,} tokens seen in {facts["steps"]:,} steps, {facts["minutes"]:g} minutes on one CPU core, seed
+{facts["seed"]}. Held-out perplexity {facts["held_out_perplexity"]:.3f} on the first 128 windows of the split `evaluation` (fingerprint
+`{facts["fingerprints"]["evaluation"]}`), whose files were never trained on; bfloat16 weights, evaluated in float32.
+
+Made with torch {facts["torch"]} and transformers {facts["transformers"]} by
+
+```bash
+{facts["command"]}
+```
+
+The schedule follows the clock, so another machine gives another model of the same kind.
+"""
+    (folder / "README.md").write_text(text)
 
 
 def main() -> None:
@@ -129,6 +160,7 @@ def main() -> None:
         "command": " ".join(["python -m hf_sparse.embedded.train DESTINATION", *sys.argv[2:]]),
     }  # fmt: skip
     (arguments.destination / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_card(arguments.destination)
     print(json.dumps(facts, indent=1))
 
 

@@ -17,8 +17,8 @@ from hf_sparse.registry import METRICS
     otherwise="wanda",
 )
 def dass(weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-    """Magnitude times the norm of the gated neuron to the power `exponent` for gate and up; elsewhere wanda, as for down.
+    """Magnitude times the norm of the gated neuron to the power `exponent` for gate and up; elsewhere wanda.
 
-    Along the input axis all weights of a group share their neuron, so with N:M groups there it ranks exactly as magnitude.
+    Along the input axis all weights of a group share their neuron, so N:M groups there rank exactly as magnitude does.
     """
     return weight.abs() * (inputs.consumer["norm"] ** inputs.options["exponent"])[:, None]

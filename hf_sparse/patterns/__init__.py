@@ -24,9 +24,11 @@ class Pattern:
         """Read "unstructured" or "N:M" with 0 < N < M; raises ConfigError for anything else."""
         if text == "unstructured":
             return cls()
-        match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"(0|[1-9][0-9]{0,3}):(0|[1-9][0-9]{0,3})", text) if isinstance(text, str) else None
         if not match:
-            raise ConfigError(f'pattern {text!r} is not known; give "unstructured" or "N:M" such as "2:4" (2 of 4 kept).')
+            raise ConfigError(
+                f'pattern {text!r} is not known; give "unstructured" or "N:M" such as "2:4" (2 of 4 kept).'
+            )
         keep, group = int(match[1]), int(match[2])
         if not 0 < keep < group:
             raise ConfigError(
@@ -47,6 +49,8 @@ class Pattern:
 
         `sparsity` and `rounding` ("exact" or "truncate") only matter to the unstructured pattern.
         """
+        if axis not in AXES or (axis == "site" and self.group is not None):
+            raise ConfigError(f"pattern {self} has no axis {axis!r}.")
         if self.group is None or self.keep is None:
             return unstructured_mask(scores, sparsity, axis, rounding)
         if axis == "output":

@@ -7,10 +7,10 @@ _PAIRWISE = 16
 
 
 def _ranks(groups: torch.Tensor) -> torch.Tensor:
-    """Rank of each score within its group along the last dimension, lowest first; of equals the lower index ranks lower."""
+    """Rank of each score within its group (the last dimension), lowest first; of equals the lower index ranks lower."""
     size = groups.shape[-1]
     if size > _PAIRWISE:
-        return groups.argsort(-1, stable=True).argsort(-1)
+        return groups.argsort(dim=-1, stable=True).argsort(-1)
     ranks = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
     for left in range(size):
         for right in range(left + 1, size):
@@ -21,7 +21,10 @@ def _ranks(groups: torch.Tensor) -> torch.Tensor:
 
 
 def n_m_mask(scores: torch.Tensor, keep: int, group: int) -> torch.Tensor:
-    """Mask along the last dimension of (rows, columns); a ragged tail of r weights keeps round(r * keep / group), halves to even."""
+    """Mask along the last dimension of (rows, columns).
+
+    A ragged tail of r weights keeps round(r * keep / group), halves to even.
+    """
     whole = scores.shape[-1] // group * group
     full = scores[:, :whole].unflatten(-1, (-1, group)) if whole else scores.new_empty(len(scores), 0, group)
     parts = [(_ranks(full) >= group - keep).flatten(1)]

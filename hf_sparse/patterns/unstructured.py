@@ -13,7 +13,11 @@ def _lowest_dropped(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def unstructured_mask(scores: torch.Tensor, sparsity: float, axis: str, rounding: str) -> torch.Tensor:
-    """Mask (out, in). `exact`: round(sparsity * size) weights go, shares differ by one at most; `truncate`: int(sparsity * length) each."""
+    """Mask (out, in).
+
+    `exact`: round(sparsity * size) weights go, by lines that differ by one at most; `truncate`: int(sparsity * length)
+    in each line.
+    """
     if axis == "output":
         return unstructured_mask(scores.T, sparsity, "input", rounding).T
     rows = scores.reshape(1, -1) if axis == "site" else scores

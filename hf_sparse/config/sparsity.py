@@ -1,111 +1,27 @@
-"""What to prune and how: frozen dataclasses that go to JSON and back."""
+"""What to prune and how."""
 
-import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import yaml
+import torch
 
 import hf_sparse.allocations
 import hf_sparse.metrics
 import hf_sparse.updates  # noqa: F401  (importing the three packages fills the registries)
+from hf_sparse.config.predictor import PredictorConfig
+from hf_sparse.config.serialise import Serialisable, known_version, mapping, share, whole
 from hf_sparse.errors import CalibrationError, ConfigError, unknown
 from hf_sparse.patterns import AXES, Pattern
 from hf_sparse.registry import ALLOCATIONS, METRICS, UPDATES
 
-FILE_NAME = "sparsity_config.json"
 _OPTION_GROUPS = {"unstructured": {"rounding": "exact"}}
 
 
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r} is not allowed; give a whole number of at least {least}.")
-
-
-def _share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 < value < 1:
-        raise ConfigError(f"{name}={value!r} is not allowed; give a share above 0 and below 1, such as 0.5.")
-
-
-class _Serialisable:
-    """JSON both ways for a frozen dataclass; unknown keys are refused."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field as plain data."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from plain data; raises ConfigError for an unknown key or a newer format version."""
-        known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        for key in values:
-            if key not in known:
-                raise ConfigError(unknown(f"key of {cls.__name__}", key, known))
-        return cls(**values)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `sparsity_config.json` into a folder, made if absent."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> Self:
-        """Read a JSON or YAML file, or `sparsity_config.json` in a folder."""
-        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
-        try:
-            text = file.read_text()
-            values = yaml.safe_load(text) if file.suffix in {".yaml", ".yml"} else json.loads(text)
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}.") from error
-        except (ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{str(file)!r} is not valid JSON or YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"{str(file)!r} holds {type(values).__name__}; a mapping of field names to values is needed."
-            )
-        return cls.from_dict(values)
-
-
 @dataclass(frozen=True, kw_only=True)
-class PredictorConfig(_Serialisable):
-    """Contextual sparsity: which heads and neurons a predictor skips for the token at hand."""
-
-    kind: str = "shadow"  # "shadow" | "dejavu" | "gate_first" | "static" | "oracle"
-    criterion: str = "plainact"  # importance of a head or neuron that the predictor learns
-    keep_neurons: float = 0.5  # share of neurons computed
-    keep_heads: float = 1.0  # share of heads computed
-    neuron_block: int = 16  # neurons are chosen in blocks of 1, 16 or 32
-    selection: str = "block"  # "block": the share holds in every block; "global": over all blocks
-    dense_blocks: tuple[int, ...] = (0,)  # blocks that skip nothing
-    refresh_every: int = 1  # tokens between two choices
-    options: Mapping[str, Any] = field(default_factory=dict)
-    version: int = 1
-
-    def __post_init__(self) -> None:
-        kinds = ("shadow", "dejavu", "gate_first", "static", "oracle")
-        if self.kind not in kinds:
-            raise ConfigError(unknown("predictor kind", self.kind, kinds))
-        if self.selection not in ("block", "global"):
-            raise ConfigError(unknown("selection", self.selection, ("block", "global")))
-        for name in ("keep_neurons", "keep_heads"):
-            if getattr(self, name) != 1:
-                _share(name, getattr(self, name))
-        if self.neuron_block not in (1, 16, 32):
-            raise ConfigError(f"neuron_block={self.neuron_block!r} is not allowed; give 1, 16 or 32.")
-        _whole("refresh_every", self.refresh_every, 1)
-        _version(self)
-        object.__setattr__(self, "dense_blocks", tuple(self.dense_blocks))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "dense_blocks": list(self.dense_blocks), "options": dict(self.options)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparsityConfig(_Serialisable):
+class SparsityConfig(Serialisable):
     """How to prune a model. Fields are checked when the object is made; ConfigError says what is allowed."""
 
     pattern: str = "2:4"  # "unstructured" or "N:M": N of every M consecutive weights are kept
@@ -139,17 +55,18 @@ class SparsityConfig(_Serialisable):
             raise ConfigError(unknown("axis", self.axis, (*AXES, "auto")))
         if self.axis == "site" and pattern.group is not None:
             raise ConfigError(f'axis="site" has no groups for pattern {self.pattern!r}; give "input" or "output".')
-        if self.permute:
-            raise ConfigError("permute=True is not available in this version; leave it False.")
+        if self.permute is not False:
+            raise ConfigError(f"permute={self.permute!r} is not available in this version; leave it False.")
         if self.predictor is not None:
             raise ConfigError("contextual predictors are not available in this version; leave predictor=None.")
-        _whole("num_samples", self.num_samples, 1)
-        _whole("sequence_length", self.sequence_length, 1)
-        _whole("seed", self.seed, 0)
+        whole("num_samples", self.num_samples, 1)
+        whole("sequence_length", self.sequence_length, 1)
+        whole("seed", self.seed, 0)
         if self.batch_size != "auto":
-            _whole("batch_size", self.batch_size, 1)
+            whole("batch_size", self.batch_size, 1, ' or "auto"')
+        self._check_device()
         self._check_options()
-        _version(self)
+        known_version(type(self).__name__, self.version)
 
     def _normalise(self) -> None:
         if isinstance(self.targets, str) and self.targets not in ("all", "mlp", "attention"):
@@ -169,8 +86,19 @@ class SparsityConfig(_Serialisable):
         if isinstance(self.predictor, Mapping):
             object.__setattr__(self, "predictor", PredictorConfig.from_dict(self.predictor))
 
+    def _check_device(self) -> None:
+        if self.device is None:
+            return
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f'device={self.device!r} is not allowed; give a name such as "cpu" or "cuda:0".'
+            ) from error
+        object.__setattr__(self, "device", str(device))
+
     def _check_allocation(self, pattern: Pattern) -> None:
-        if not isinstance(self.allocation, str):
+        if isinstance(self.allocation, list | tuple | Mapping):
             raise ConfigError(
                 "an allocation given as a list or mapping is not available in this version; give 'uniform'."
             )
@@ -179,20 +107,20 @@ class SparsityConfig(_Serialisable):
             if pattern.sparsity is None:
                 raise ConfigError('pattern="unstructured" needs sparsity, the share to drop, such as sparsity=0.5.')
             return
-        _share("sparsity", self.sparsity)
+        share("sparsity", self.sparsity)
         if (
             pattern.sparsity is not None
             and self.allocation == "uniform"
             and not math.isclose(self.sparsity, pattern.sparsity)
         ):
             raise ConfigError(
-                f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}, which drops {pattern.sparsity:g} of every "
-                "group; leave sparsity out, or choose another pattern."
+                f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}, which drops {pattern.sparsity:g} of "
+                "every group; leave sparsity out, or choose another pattern."
             )
 
     def _check_options(self) -> None:
         allowed = {*_OPTION_GROUPS, *(entry.name for registry in (METRICS, ALLOCATIONS, UPDATES) for entry in registry)}
-        for group, given in self.options.items():
+        for group, given in mapping("options", self.options).items():
             if group not in allowed:
                 raise ConfigError(unknown("options for", group, allowed))
             if not isinstance(given, Mapping):
@@ -200,6 +128,7 @@ class SparsityConfig(_Serialisable):
                     f"options[{group!r}]={given!r} is not allowed; give a mapping of option names to values."
                 )
             self.options_of(group)
+        object.__setattr__(self, "options", {group: dict(given) for group, given in self.options.items()})
         if self.options_of("unstructured")["rounding"] not in ("exact", "truncate"):
             raise ConfigError(
                 unknown(
@@ -208,8 +137,11 @@ class SparsityConfig(_Serialisable):
             )
         for entry in METRICS:
             for key, value in self.options_of(entry.name).items():
-                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                    raise ConfigError(f"option {entry.name}.{key}={value!r} is not allowed; give a finite number.")
+                # Infinite or, with a negative exponent, undefined scores would have no order.
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                    raise ConfigError(
+                        f"option {entry.name}.{key}={value!r} is not allowed; give a finite number of at least 0."
+                    )
 
     def options_of(self, name: str) -> dict[str, Any]:
         """The options of one metric, allocation, update or pattern with the defaults filled in."""
@@ -229,8 +161,8 @@ class SparsityConfig(_Serialisable):
         entry = METRICS[self.metric]
         if self.calibration is None and (entry.needs or entry.consumer_needs):
             raise CalibrationError(
-                f"metric {entry.name!r} looks at activations and needs calibration=... (texts, token ids, a data set or "
-                'a path); or use metric="magnitude", which needs none.'
+                f"metric {entry.name!r} looks at activations and needs calibration=... (texts, token ids, a data set "
+                'or a path); or use metric="magnitude", which needs none.'
             )
 
     @property
@@ -274,10 +206,3 @@ class SparsityConfig(_Serialisable):
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparsityConfig":
         # Auto classes deep-copy their keyword arguments; generators cannot be copied and data sets must not be.
         return self
-
-
-def _version(config: SparsityConfig | PredictorConfig) -> None:
-    if config.version != 1:
-        raise ConfigError(
-            f"{type(config).__name__} version {config.version!r} is not known to this hf_sparse, which reads version 1; upgrade hf_sparse."
-        )

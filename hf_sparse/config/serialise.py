@@ -1,0 +1,95 @@
+"""What all configurations share: checks of single values, and the way to JSON or YAML and back."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from hf_sparse.errors import ConfigError, unknown
+
+FILE_NAME = "sparsity_config.json"
+
+
+def whole(name: str, value: object, least: int, otherwise: str = "") -> None:
+    """Refuse what is no whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name}={value!r} is not allowed; give a whole number of at least {least}{otherwise}.")
+
+
+def mapping(name: str, value: object) -> dict[str, Any]:
+    """A mapping as a dict of its own; anything else is refused."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name}={value!r} is not allowed; give a mapping, such as {{'dass': {{'exponent': 0.5}}}}.")
+    return dict(value)
+
+
+def share(name: str, value: object) -> None:
+    """Refuse what does not lie above 0 and below 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ConfigError(f"{name}={value!r} is not allowed; give a share above 0 and below 1, such as 0.5.")
+
+
+def known_version(name: str, version: object) -> None:
+    """Refuse a format that this version of hf_sparse does not read."""
+    if version != 1 or isinstance(version, bool):
+        raise ConfigError(
+            f"{name} version {version!r} is not known to this hf_sparse, which reads version 1; upgrade hf_sparse."
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 2:4 as a number to base 60 (124); here it is a pattern."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and isinstance(value, str) and re.fullmatch(r"\d+:\d+", value):
+            return self.DEFAULT_SCALAR_TAG
+        return super().resolve(kind, value, implicit)
+
+
+class Serialisable:
+    """JSON both ways for a frozen dataclass; unknown keys are refused."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain data."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain data; raises ConfigError for an unknown key or a newer format version."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"a configuration cannot be a {type(values).__name__}; give a mapping of names to values."
+            )
+        known = {item.name for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                raise ConfigError(unknown(f"key of {cls.__name__}", key, known))
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `sparsity_config.json` into a folder, made if absent."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / FILE_NAME).write_text(
+            json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """Read a JSON or YAML file, or `sparsity_config.json` in a folder."""
+        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+            values = yaml.load(text, _Loader) if file.suffix in {".yaml", ".yml"} else json.loads(text)
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}.") from error
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise ConfigError(f"{str(file)!r} is not valid JSON or YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{str(file)!r} holds {type(values).__name__}; a mapping of field names to values is needed."
+            )
+        return cls.from_dict(values)

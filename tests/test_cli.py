@@ -1,0 +1,270 @@
+"""The command line: what it writes, what it prints, how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import bert, llama, text, token_rows, tokenizer
+from transformers import AutoModelForCausalLM
+
+import hf_sparse
+from hf_sparse import SparsityConfig
+from hf_sparse.cli import main
+from hf_sparse.cli.writing import complete_folder
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    llama().save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "calibration.txt").write_text(text(600))
+    (tmp_path / "evaluation.txt").write_text(text(301)[4:])
+    return tmp_path / "dense"
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------ prune
+
+
+def test_prune_writes_a_folder_that_loads_and_tells_what_was_done(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(
+        "prune", saved, tmp_path / "out", "--pattern", "4:8", "--metric", "dass", "--calibration", tmp_path / "calibration.txt",
+        "--num-samples", 4, "--sequence-length", 32, "--option", "dass.exponent=0.75", "--exclude", "*.layers.0.*", "--batch-size", 2,
+        "--evaluate", tmp_path / "evaluation.txt", "--window", 16,
+    )  # fmt: skip
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "perplexity on evaluation.txt" in out
+    assert "written to" in out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    report = hf_sparse.report(model)
+    assert report is not None
+    assert report.config == SparsityConfig(
+        pattern="4:8", metric="dass", calibration=str(tmp_path / "calibration.txt"), num_samples=4, sequence_length=32,
+        options={"dass": {"exponent": 0.75}}, exclude=("*.layers.0.*",), batch_size=2,
+    ).to_dict()  # fmt: skip
+    assert report.evaluations[0]["dense"] != report.evaluations[0]["sparse"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "hf_sparse_report.json", "hf_sparse_report.png", "tokenizer.json"} <= names
+    assert f"{report.evaluations[0]['sparse']:.2f}"[:3] in (tmp_path / "out" / "README.md").read_text()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_fields_override_the_file(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prune.yaml").write_text('metric: magnitude\npattern: "1:4"\ntargets: mlp\n')
+    assert run("prune", saved, tmp_path / "out", "--config", tmp_path / "prune.yaml", "--pattern", "2:4", "--json") == 0
+    config = printed(capsys)["report"]["config"]
+    assert (config["metric"], config["pattern"], config["targets"]) == ("magnitude", "2:4", "mlp")
+
+
+def test_a_masked_model_is_measured_by_its_masked_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bert().save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    (tmp_path / "text.txt").write_text(text(300))
+    assert run("prune", tmp_path / "bert", tmp_path / "out", "--metric", "magnitude", "--evaluate", tmp_path / "text.txt", "--window", 32, "--json") == 0
+    assert printed(capsys)["report"]["evaluations"][0]["metric"] == "masked loss"
+
+
+BAD: list[tuple[list[str], str]] = [
+    (["--metric", "wnda"], "Did you mean 'wanda'"),
+    (["--metric", "wanda"], "needs calibration"),
+    (["--pattern", "5:4"], "5:4"),
+    (["--metric", "magnitude", "--dtype", "int3"], "int3"),
+    (["--metric", "magnitude", "--targets", "*.nothing"], "nothing"),
+    (["--metric", "magnitude", "--option", "dass"], "NAME.KEY=VALUE"),
+    (["--metric", "magnitude", "--option", "dass.exp=1"], "Did you mean 'exponent'"),
+    (["--metric", "magnitude", "--config", "absent.json"], "absent.json"),
+    (["--metric", "wanda", "--calibration", "absent.txt"], "absent.txt"),
+    (["--metric", "magnitude", "--allocation", "atp"], "atp"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(case[0]) for case in BAD])
+def test_errors_are_one_line_without_a_traceback(words: list[str], message: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune", saved, tmp_path / "out", *words) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("hf-sparse prune: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune", tmp_path / "absent", tmp_path / "out", "--metric", "magnitude", "--json") == 1
+    assert set(printed(capsys)) == {"error", "kind"}
+
+
+def test_words_that_are_not_understood_end_with_2() -> None:
+    for words in (["prun"], [], ["prune", "x"], ["prune", "x", "y", "--patern", "2:4"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+
+
+def test_the_same_text_for_both_is_refused_unless_told(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["prune", saved, tmp_path / "out", "--calibration", tmp_path / "calibration.txt", "--num-samples", 4, "--sequence-length", 32,
+             "--evaluate", tmp_path / "calibration.txt", "--window", 16]  # fmt: skip
+    assert run(*words) == 1
+    assert "--allow-same-text" in capsys.readouterr().err
+    assert run(*words, "--allow-same-text") == 0
+
+
+# ------------------------------------------------------------------------------------------------ the destination
+
+
+def test_a_non_empty_destination_is_refused_without_overwrite(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    assert run("prune", saved, tmp_path / "out", "--metric", "magnitude") == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("prune", saved, tmp_path / "out", "--metric", "magnitude", "--overwrite") == 0
+    assert not (tmp_path / "out" / "old").exists()
+    assert hf_sparse.is_sparse(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+
+
+def test_a_full_disk_keeps_the_old_destination(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    assert run("prune", saved, tmp_path / "out", "--metric", "magnitude", "--overwrite") == 1
+    assert "No space" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_rename_that_fails_brings_the_old_destination_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    destination = tmp_path / "out"
+    destination.mkdir()
+    (destination / "old").write_text("old")
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name and not self.name.endswith("-old"):
+            raise OSError(5, "Input/output error")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="Input/output"), complete_folder(destination, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in destination.iterdir()] == ["old"]
+
+
+def test_killed_while_saving_leaves_the_old_destination_and_nothing_that_loads(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    code = f"""
+import os, signal, transformers.modeling_utils as m
+def killed(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
+m.safe_save_file = killed
+from hf_sparse.cli import main
+main(["prune", {str(saved)!r}, {str(tmp_path / "out")!r}, "--metric", "magnitude", "--overwrite"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    for left in tmp_path.glob(".out*"):
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(left)
+
+
+# ------------------------------------------------------------------------------------------------ the other commands
+
+
+def test_evaluate(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", saved, "--text", tmp_path / "evaluation.txt", "--window", 16, "--stride", 8, "--json") == 0
+    found = printed(capsys)
+    assert found["metric"] == "perplexity"
+    assert (found["window"], found["stride"]) == (16, 8)
+    assert run("evaluate", saved, "--text", tmp_path / "evaluation.txt", "--window", 16) == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_inspect_counts_from_the_files_and_compares_with_the_claim(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("prune", saved, tmp_path / "out", "--metric", "magnitude")
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "equal" in out
+    assert "model.layers.1.mlp.down_proj.weight" in out
+    assert run("inspect", tmp_path / "out", "--json") == 0
+    found = printed(capsys)
+    assert sum(tensor["zeros"] for tensor in found["tensors"].values()) == found["claim"]["totals"]["zeros"]
+    assert run("inspect", saved) == 0
+    assert "does not say" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoil", ["cut", "absent", "config"])
+def test_inspect_names_what_is_damaged(spoil: str, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = saved / "model.safetensors"
+    if spoil == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif spoil == "absent":
+        weights.unlink()
+    else:
+        (saved / "config.json").write_text("{")
+    assert run("inspect", saved) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_methods_lists_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("methods", "--json") == 0
+    found = printed(capsys)
+    assert {"magnitude", "wanda", "ria", "dass"} <= {entry["name"] for entry in found["metrics"]}
+    assert all(entry["summary"] and entry["source"] for entry in found["metrics"])
+    assert run("methods") == 0
+    assert "exponent=0.5" in capsys.readouterr().out
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "hf_sparse", "methods"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "wanda" in done.stdout
+
+
+def test_the_demo_runs_end_to_end_on_little_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    assert run("demo", "--output", tmp_path / "demo", "--windows", 4, "--num-samples", 4, "--json") == 0
+    found = printed(capsys)
+    values = {(row["metric"], row["pattern"]): row["perplexity"] for row in found["rows"]}
+    assert set(values) == {("dense", ""), ("magnitude", "2:4"), ("wanda", "2:4"), ("dass", "2:4"), ("dass", "4:8")}
+    assert values["dense", ""] < min(value for key, value in values.items() if key[0] != "dense")
+    assert found["seconds"] <= time.monotonic() - start
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "demo")
+    assert hf_sparse.report(model).config["metric"] == found["best"]["metric"]
+    assert model.dtype == torch.bfloat16
+    assert all(len(generated) > 20 for generated in found["generated"])
+    assert {"README.md", "hf_sparse_report.png"} <= set(os.listdir(tmp_path / "demo"))
+
+
+def test_calibration_and_evaluation_text_of_the_demo_differ() -> None:
+    from hf_sparse import stdlib_text
+
+    assert stdlib_text.fingerprint("calibration") != stdlib_text.fingerprint("evaluation")
+    assert not set(stdlib_text.files("calibration")) & set(stdlib_text.files("evaluation"))
+
+
+def test_rows_as_numpy_file(saved: Path, tmp_path: Path) -> None:
+    import numpy
+
+    numpy.save(tmp_path / "rows.npy", token_rows(4, 16).clamp_max(12).numpy())
+    assert run("prune", saved, tmp_path / "out", "--metric", "wanda", "--calibration", tmp_path / "rows.npy", "--num-samples", 4) == 0

@@ -1,0 +1,42 @@
+"""Every family in the table is pruned, block by block, with the dependency-aware metric; and reloads as it was saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families_table import FAMILIES
+
+from hf_sparse import SparsityConfig, prune_, report
+from hf_sparse.families import find_sites
+from hf_sparse.sites import read
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_pruned_to_the_pattern_by_dass(family: str) -> None:
+    model, inputs = FAMILIES[family].build()
+    found = prune_(model, SparsityConfig(metric="dass", calibration=[inputs], num_samples=1))
+    sites = {site.name: site for site in find_sites(model).all()}
+    assert {entry.name for entry in found.sites} == set(sites)
+    for entry in found.sites:
+        weight = read(model, sites[entry.name])
+        rows = weight if entry.axis == "input" else weight.T
+        whole = rows.shape[1] // 4 * 4
+        assert bool(((rows[:, :whole] != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()), entry.name
+        assert entry.metric in ("dass", "wanda", "magnitude")
+        assert entry.metric == "dass" or entry.note, f"{entry.name} fell back without a word"
+    assert all(block.output_error is not None and block.output_error >= 0 for block in found.blocks)
+    with torch.no_grad():
+        model(**inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_saved_and_loaded_bit_equal(family: str, tmp_path: Path) -> None:
+    model, _ = FAMILIES[family].build()
+    made = prune_(model, SparsityConfig(metric="magnitude"))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+    before, after = model.state_dict(), again.state_dict()
+    assert set(before) == set(after)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert report(again).zeros == made.zeros
