@@ -27,6 +27,7 @@ __all__ = [
     "uninstall",
 ]
 
+
 def __getattr__(name: str) -> Any:
     # A convenience from a sibling package, loaded when it is first asked for.
     if name == "SparseModelCard":

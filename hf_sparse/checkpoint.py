@@ -33,7 +33,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None and kind in ("DataParallel", "DistributedDataParallel"):
             inner = model.module
         if inner is None and hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
+            inner = model.get_base_model()  # type: ignore[operator]
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner

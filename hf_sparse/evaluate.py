@@ -1,6 +1,7 @@
 """Measures a model on text: token perplexity, or the model's own loss where that makes no sense."""
 
 import math
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from hf_sparse.data import Batch, Sample, Samples, batches, fingerprint, read_sa
 from hf_sparse.errors import CalibrationError, ConfigError
 
 _TOKENS_AT_ONCE = 4096
+# Sources whose name stands for one text: files, data sets of the Hub and splits of the standard library.
+_NAMED = re.compile(r"stdlib:|\S+/\S+|.*\.(txt|jsonl|npy)$")
 _MASKED_SHARE = 0.15  # of the tokens, as BERT was trained (arXiv 1810.04805, section 3.1)
 
 
@@ -84,7 +87,7 @@ def evaluate(
 def _refuse_same(model: nn.Module, samples: Samples, allowed: bool) -> None:
     known = report(model)
     used = (known.calibration or {}) if known else {}
-    named = samples.source == used.get("source") and not samples.source.startswith(("a tensor", "list", "a dict"))
+    named = samples.source == used.get("source") and _NAMED.match(samples.source)
     if not allowed and (named or samples.fingerprint == used.get("fingerprint")):
         raise CalibrationError(
             f"the model was calibrated on this very text ({samples.source}), so a figure on it would flatter; evaluate on other text, "

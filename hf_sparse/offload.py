@@ -60,7 +60,9 @@ def write_back(brought: Brought) -> None:
                 elif weights.save_folder is not None:
                     offload_weight(value.cpu(), key, str(weights.save_folder), weights.index)
                 else:
-                    raise ModelError(f"{key} is offloaded without a folder to write to; load the model with offload_folder=...")
+                    raise ModelError(
+                        f"{key} is offloaded without a folder to write to; load the model with offload_folder=..."
+                    )
             elif isinstance(weights, dict):
                 weights[key] = value.to(weights[key].device, copy=True)
             else:
@@ -72,5 +74,3 @@ def write_back(brought: Brought) -> None:
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps any parameter of the module elsewhere."""
     return next(_offloading_hooks(module), None) is not None
-
-

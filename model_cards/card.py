@@ -44,7 +44,8 @@ class SparseModelCard(ModelCard):
     ) -> Self:
         """Tell what the report holds.
 
-        `evaluations` stand in the place of the report's own; `base_card` is the text of the base model's card, whose license is inherited; `plot_name` a picture beside the card;
+        `evaluations` stand in the place of the report's own; `base_card` is the text of the base model's card, whose
+        license is inherited; `plot_name` a picture beside the card;
         `command` what was typed; `model_config` the saved config.json; `files` names of other files with what they hold.
 
         Raises: CheckpointError where the report is damaged.
@@ -70,8 +71,10 @@ class SparseModelCard(ModelCard):
 
     @classmethod
     def of_model(cls, model: Any, report: Report, *, plot_name: str | None = None) -> Self:
-        """The card of a model in memory."""
-        return cls.from_report(report, plot_name=plot_name, model_config=model.config.to_dict())
+        """The card of a model in memory; the license comes from the base model's card where that lies in a local folder."""
+        return cls.from_report(
+            report, plot_name=plot_name, model_config=model.config.to_dict(), base_card=_local_card(report.model)
+        )
 
     def merged_into(self, existing: str) -> str:
         """A README with our section renewed or added at its end; what a person wrote outside the markers is kept.
@@ -102,6 +105,14 @@ def write_card(folder: str | Path, card: SparseModelCard) -> bool:
             return False
     _write(file, text.encode("utf-8"))
     return True
+
+
+def _local_card(base: str) -> str | None:
+    file = Path(base or ".") / "README.md"
+    try:
+        return file.read_text(encoding="utf-8") if base and (file.parent / "config.json").is_file() else None
+    except (OSError, UnicodeDecodeError):
+        return None  # no card, nothing to inherit
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -76,7 +76,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="[UNK]", bos_token="<s>", eos_token="</s>", mask_token="[MASK]", pad_token="</s>"
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        bos_token="<s>",
+        eos_token="</s>",
+        mask_token="[MASK]",
+        pad_token="</s>",
     )
     made.chat_template = "{% for turn in messages %}{{ turn['role'] }} {{ turn['content'] }} {% endfor %}"
     return made

@@ -42,7 +42,9 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Any:
 # ------------------------------------------------------------------------------------------------ prune
 
 
-def test_prune_writes_a_folder_that_loads_and_tells_what_was_done(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_writes_a_folder_that_loads_and_tells_what_was_done(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = run(
         "prune", saved, tmp_path / "out", "--pattern", "4:8", "--metric", "dass", "--calibration", tmp_path / "calibration.txt",
         "--num-samples", 4, "--sequence-length", 32, "--option", "dass.exponent=0.75", "--exclude", "*.layers.0.*", "--batch-size", 2,
@@ -61,7 +63,14 @@ def test_prune_writes_a_folder_that_loads_and_tells_what_was_done(saved: Path, t
     ).to_dict()  # fmt: skip
     assert report.evaluations[0]["dense"] != report.evaluations[0]["sparse"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"config.json", "model.safetensors", "README.md", "hf_sparse_report.json", "hf_sparse_report.png", "tokenizer.json"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "hf_sparse_report.json",
+        "hf_sparse_report.png",
+        "tokenizer.json",
+    } <= names
     assert f"{report.evaluations[0]['sparse']:.2f}"[:3] in (tmp_path / "out" / "README.md").read_text()
     assert not list(tmp_path.glob(".out*"))
 
@@ -77,7 +86,21 @@ def test_a_masked_model_is_measured_by_its_masked_loss(tmp_path: Path, capsys: p
     bert().save_pretrained(tmp_path / "bert")
     tokenizer().save_pretrained(tmp_path / "bert")
     (tmp_path / "text.txt").write_text(text(300))
-    assert run("prune", tmp_path / "bert", tmp_path / "out", "--metric", "magnitude", "--evaluate", tmp_path / "text.txt", "--window", 32, "--json") == 0
+    assert (
+        run(
+            "prune",
+            tmp_path / "bert",
+            tmp_path / "out",
+            "--metric",
+            "magnitude",
+            "--evaluate",
+            tmp_path / "text.txt",
+            "--window",
+            32,
+            "--json",
+        )
+        == 0
+    )
     assert printed(capsys)["report"]["evaluations"][0]["metric"] == "masked loss"
 
 
@@ -96,7 +119,9 @@ BAD: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(case[0]) for case in BAD])
-def test_errors_are_one_line_without_a_traceback(words: list[str], message: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line_without_a_traceback(
+    words: list[str], message: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("prune", saved, tmp_path / "out", *words) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -118,7 +143,9 @@ def test_words_that_are_not_understood_end_with_2() -> None:
         assert caught.value.code == 2
 
 
-def test_the_same_text_for_both_is_refused_unless_told(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_text_for_both_is_refused_unless_told(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["prune", saved, tmp_path / "out", "--calibration", tmp_path / "calibration.txt", "--num-samples", 4, "--sequence-length", 32,
              "--evaluate", tmp_path / "calibration.txt", "--window", 16]  # fmt: skip
     assert run(*words) == 1
@@ -129,7 +156,9 @@ def test_the_same_text_for_both_is_refused_unless_told(saved: Path, tmp_path: Pa
 # ------------------------------------------------------------------------------------------------ the destination
 
 
-def test_a_non_empty_destination_is_refused_without_overwrite(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_non_empty_destination_is_refused_without_overwrite(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     assert run("prune", saved, tmp_path / "out", "--metric", "magnitude") == 1
@@ -139,7 +168,9 @@ def test_a_non_empty_destination_is_refused_without_overwrite(saved: Path, tmp_p
     assert hf_sparse.is_sparse(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
-def test_a_full_disk_keeps_the_old_destination(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_keeps_the_old_destination(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
 
@@ -200,7 +231,9 @@ def test_evaluate(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_inspect_counts_from_the_files_and_compares_with_the_claim(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_counts_from_the_files_and_compares_with_the_claim(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("prune", saved, tmp_path / "out", "--metric", "magnitude")
     capsys.readouterr()
     assert run("inspect", tmp_path / "out") == 0
@@ -237,7 +270,9 @@ def test_methods_lists_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "hf_sparse", "methods"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_sparse", "methods"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "wanda" in done.stdout
 
 
@@ -267,4 +302,17 @@ def test_rows_as_numpy_file(saved: Path, tmp_path: Path) -> None:
     import numpy
 
     numpy.save(tmp_path / "rows.npy", token_rows(4, 16).clamp_max(12).numpy())
-    assert run("prune", saved, tmp_path / "out", "--metric", "wanda", "--calibration", tmp_path / "rows.npy", "--num-samples", 4) == 0
+    assert (
+        run(
+            "prune",
+            saved,
+            tmp_path / "out",
+            "--metric",
+            "wanda",
+            "--calibration",
+            tmp_path / "rows.npy",
+            "--num-samples",
+            4,
+        )
+        == 0
+    )

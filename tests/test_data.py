@@ -124,11 +124,6 @@ def test_windows_are_no_longer_than_the_model_allows() -> None:
     assert ids(found) == [word_ids(start, start + 8) for start in range(0, 32, 8)]
 
 
-def test_a_text_shorter_than_one_window_serves_where_one_is_enough() -> None:
-    assert ids(read([words(0, 5)], number=1, length=8)) == [word_ids(0, 5)]
-    assert ids(read([words(0, 5)], number=9, length=8, all_rows=True)) == [word_ids(0, 5)]
-
-
 def test_all_rows_takes_every_window_and_stride_lets_them_overlap() -> None:
     source = [words(0, 12)]
     assert ids(read(source, number=1, length=4, all_rows=True)) == [word_ids(start, start + 4) for start in (0, 4, 8)]

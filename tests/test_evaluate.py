@@ -45,7 +45,10 @@ def test_max_windows_and_text() -> None:
     model = llama()
     found = evaluate(model, [text(300)], tokenizer=tokenizer(), window=16, max_windows=3)
     assert found.tokens == 3 * 15
-    assert found.fingerprint != evaluate(model, [text(301)[4:]], tokenizer=tokenizer(), window=16, max_windows=3).fingerprint
+    assert (
+        found.fingerprint
+        != evaluate(model, [text(301)[4:]], tokenizer=tokenizer(), window=16, max_windows=3).fingerprint
+    )
 
 
 def test_a_masked_model_gets_its_loss_on_masked_tokens() -> None:

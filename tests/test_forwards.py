@@ -14,7 +14,22 @@ from hf_sparse.blocks import find_blocks
 from hf_sparse.calibrate import ready
 from hf_sparse.forwards import walk
 
-FEW = ["llama", "gemma3_text", "mixtral", "gpt2", "t5", "bart", "albert", "swin", "modernbert", "llava", "qwen3_vl", "zamba2", "whisper", "deberta-v2"]
+FEW = [
+    "llama",
+    "gemma3_text",
+    "mixtral",
+    "gpt2",
+    "t5",
+    "bart",
+    "albert",
+    "swin",
+    "modernbert",
+    "llava",
+    "qwen3_vl",
+    "zamba2",
+    "whisper",
+    "deberta-v2",
+]
 
 
 @pytest.mark.parametrize("family", FEW)
@@ -60,7 +75,10 @@ def test_closing_ends_the_passes_without_the_head() -> None:
     model = llama(layers=3)
     heads: list[int] = []
     model.lm_head.register_forward_hook(lambda *_: heads.append(1))
-    with ready(model), contextlib.closing(walk(find_blocks(model), [lambda: model(input_ids=token_rows(2, 4))] * 3)) as turns:
+    with (
+        ready(model),
+        contextlib.closing(walk(find_blocks(model), [lambda: model(input_ids=token_rows(2, 4))] * 3)) as turns,
+    ):
         for calls in turns:
             for call in calls:
                 call.output = call()
@@ -77,9 +95,13 @@ def test_an_error_in_the_model_comes_through_and_everything_is_put_back() -> Non
         raise KeyError("inside")
 
     model.model.norm.register_forward_hook(fail)
-    with ready(model), pytest.raises(KeyError, match="inside"):
+
+    def walk_through() -> None:
         for calls in walk(find_blocks(model), [lambda: model(input_ids=token_rows(2, 4))]):
             for call in calls:
                 call.output = call()
+
+    with ready(model), pytest.raises(KeyError, match="inside"):
+        walk_through()
     assert all("forward" not in layer.__dict__ for layer in model.model.layers)
     gc.collect()

@@ -28,8 +28,17 @@ def test_offloaded_blocks_come_out_right(make: type, where: str, tmp_path: Path)
     if where == "cpu":
         cpu_offload(model, execution_device=torch.device("cpu"))
     else:
-        places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-        model = dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path / "offload"), force_hooks=True)
+        places = {
+            "model.embed_tokens": "cpu",
+            "model.norm": "cpu",
+            "lm_head": "cpu",
+            "model.rotary_emb": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": "disk",
+        }
+        model = dispatch_model(
+            model, places, main_device="cpu", offload_dir=str(tmp_path / "offload"), force_hooks=True
+        )
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
     prune_(model, CONFIG)
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
@@ -41,7 +50,14 @@ def test_offloaded_blocks_come_out_right(make: type, where: str, tmp_path: Path)
 @pytest.mark.parametrize("make", [llama, mixtral])
 def test_from_pretrained_with_a_device_map_onto_the_disk(make: type, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path / "dense")
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+    }
     plain = type(make()).from_pretrained(tmp_path / "dense", sparsity_config=CONFIG)
     model = type(plain).from_pretrained(
         tmp_path / "dense", device_map=places, offload_folder=str(tmp_path / "offload"), sparsity_config=CONFIG

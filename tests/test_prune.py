@@ -177,7 +177,9 @@ class Foreign(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(VOCABULARY, 32)
-        self.stages = nn.ModuleList(nn.ModuleDict({"widen": nn.Linear(32, 48), "narrow": nn.Linear(48, 32)}) for _ in range(2))
+        self.stages = nn.ModuleList(
+            nn.ModuleDict({"widen": nn.Linear(32, 48), "narrow": nn.Linear(48, 32)}) for _ in range(2)
+        )
         for stage in self.stages:
             stage.forward = lambda x, stage=stage: x + stage["narrow"](torch.relu(stage["widen"](x)))  # type: ignore[method-assign]
 
@@ -398,7 +400,9 @@ BAD: list[tuple[str, Callable[[nn.Module], None] | None, dict[str, Any], type[Ex
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("spoil", "changes", "error", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+@pytest.mark.parametrize(
+    ("spoil", "changes", "error", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
+)
 def test_bad_input_gives_one_clear_error_and_changes_nothing(
     spoil: Callable[[nn.Module], None] | None, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
@@ -410,7 +414,10 @@ def test_bad_input_gives_one_clear_error_and_changes_nothing(
         prune_(model, config(**changes))
     assert "\n" not in str(caught.value)
     if spoil is not _meta:
-        assert all(torch.equal(value, before[name]) or torch.isnan(before[name]).any() for name, value in model.state_dict().items())
+        assert all(
+            torch.equal(value, before[name]) or torch.isnan(before[name]).any()
+            for name, value in model.state_dict().items()
+        )
     assert not hasattr(model.config, "hf_sparse")
 
 

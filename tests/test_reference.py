@@ -46,7 +46,9 @@ def test_masks_do_not_depend_on_the_batch_size(test_data: Path) -> None:
     kept = []
     for size in (1, 16):
         model = AutoModelForCausalLM.from_pretrained(test_data / "models" / "stories260k")
-        prune_(model, SparsityConfig(metric="wanda", calibration=rows(test_data, "calib"), num_samples=64, batch_size=size))
+        prune_(
+            model, SparsityConfig(metric="wanda", calibration=rows(test_data, "calib"), num_samples=64, batch_size=size)
+        )
         kept.append({name: weight != 0 for name, weight in model.state_dict().items()})
     differing = sum(int((kept[0][name] != kept[1][name]).sum()) for name in kept[0])
     assert differing <= MAX_FLIPPED * sum(mask.numel() for mask in kept[0].values())

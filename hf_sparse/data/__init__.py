@@ -63,8 +63,7 @@ def read_samples(
     kind = kind_of(first, name)
     if kind == "text":
         ids = text_ids(items, tokenizer(), length, wanted, name)
-        # A text shorter than one window serves where one is enough.
-        rows = windows(ids, min(length, len(ids)) if wanted in (None, 1) else length, stride, wanted, seed)
+        rows = windows(ids, length, stride, wanted, seed)
     elif kind == "stream":
         rows = windows(first.ids, length, stride, wanted, seed)
     elif kind == "chat":

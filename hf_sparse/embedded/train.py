@@ -74,7 +74,9 @@ def evaluate(model: LlamaForCausalLM, tokens: torch.Tensor, rows: int = 128) -> 
 def write_card(folder: Path) -> None:
     """Write the model's card from the facts that training left beside it."""
     facts = json.loads((folder / "training.json").read_text())
-    data = ModelCardData(license="apache-2.0", library_name="transformers", pipeline_tag="text-generation", language="code")
+    data = ModelCardData(
+        license="apache-2.0", library_name="transformers", pipeline_tag="text-generation", language="code"
+    )
     text = f"""---
 {data}
 ---
@@ -143,7 +145,9 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
         step, running = step + 1, running + loss.item()
         if step % 100 == 0:
-            print(f"{step} {100 * done:.0f}% loss {running / 100:.4f} held out {evaluate(model, heldout):.4f}", flush=True)
+            print(
+                f"{step} {100 * done:.0f}% loss {running / 100:.4f} held out {evaluate(model, heldout):.4f}", flush=True
+            )
             running = 0.0
 
     model = model.to(torch.bfloat16)

@@ -22,11 +22,8 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import hf_sparse
 from hf_sparse import SparsityConfig, environment, prune_
 from hf_sparse.calibrate import make_batches, ready
-from hf_sparse.data import read_samples
-from hf_sparse.observe import Observer
 from hf_sparse.patterns import Pattern
 from hf_sparse.record import Recorder
 
@@ -96,7 +93,11 @@ def time_ratios(repeats: int) -> dict[str, Any]:
         for metric in ("wanda", "dass"):
             dense.load_state_dict(state)
             config = SparsityConfig(metric=metric, calibration=rows, num_samples=len(rows))
-            watched = stopwatch(parts, statistics=(Recorder, "seen"), masks=(Pattern, "mask")) if metric == "wanda" else stopwatch(parts)
+            watched = (
+                stopwatch(parts, statistics=(Recorder, "seen"), masks=(Pattern, "mask"))
+                if metric == "wanda"
+                else stopwatch(parts)
+            )
             with watched:
                 times[metric].append(seconds(lambda: prune_(dense, config)))  # noqa: B023  (called at once)
     forward = statistics.median(times["forward"])
@@ -133,7 +134,9 @@ def memory(metric: str) -> dict[str, Any]:
     dense, rows = model(), tokens()
     batches, batch_size = make_batches([{"input_ids": row[None]} for row in rows], "auto")
     layer = dense.model.layers[0]
-    prune_(model_of_two(), SparsityConfig(metric=metric, calibration=rows[:2], num_samples=2))  # libraries are loaded once
+    prune_(
+        model_of_two(), SparsityConfig(metric=metric, calibration=rows[:2], num_samples=2)
+    )  # libraries are loaded once
     hidden_bytes = rows.numel() * dense.config.hidden_size * 4
     x = torch.randn(batch_size, rows.shape[1], dense.config.hidden_size)
     places = dense.model.rotary_emb(x, torch.arange(rows.shape[1])[None])
@@ -141,7 +144,7 @@ def memory(metric: str) -> dict[str, Any]:
         activations = _peak_above(lambda: layer(x, position_embeddings=places))
     weights = sum(parameter.numel() * 4 for parameter in layer.parameters())
     features = 3 * dense.config.hidden_size + dense.config.intermediate_size
-    del x, places, batches
+    del batches
     peak = _peak_above(lambda: prune_(dense, SparsityConfig(metric=metric, calibration=rows, num_samples=len(rows))))
     allowed = weights + features * 8 + 2 * hidden_bytes + activations
     return {
@@ -165,7 +168,9 @@ def import_seconds(repeats: int) -> dict[str, Any]:
     code = "import time; from transformers import PreTrainedModel; start = time.perf_counter(); import hf_sparse; print(time.perf_counter() - start)"
     run = [sys.executable, "-c", code]
     subprocess.run(run, check=True, capture_output=True, cwd=ROOT)  # bytecode is written once
-    found = [float(subprocess.run(run, check=True, capture_output=True, text=True, cwd=ROOT).stdout) for _ in range(repeats)]
+    found = [
+        float(subprocess.run(run, check=True, capture_output=True, text=True, cwd=ROOT).stdout) for _ in range(repeats)
+    ]
     return {"median_seconds": statistics.median(found), "all": found}
 
 
@@ -192,14 +197,18 @@ def main() -> None:
         print(json.dumps(result))
         return
     took = result["time"]
-    print(f"random Llama, {took['parameters']:,} parameters, {took['tokens']} tokens, batches of {took['batch_size']}, {arguments.threads} threads")
+    print(
+        f"random Llama, {took['parameters']:,} parameters, {took['tokens']} tokens, batches of {took['batch_size']}, {arguments.threads} threads"
+    )
     for metric in ("wanda", "dass"):
         print(f"pruning 2:4 with {metric}: {took[f'{metric} / forward']:.2f} forward passes (target {TARGETS['time']})")
     for name, value in took["rest of wanda, in forward passes"].items():
         print(f"  beside the two passes, {name}: {value:.3f}")
     for metric in ("wanda", "dass"):
         held = result[f"memory, {metric}"]
-        print(f"peak memory with {metric}: {held['peak_bytes'] / 2**20:.0f} MiB, {held['peak / allowed']:.2f} of the allowed {held['allowed_bytes'] / 2**20:.0f} MiB")
+        print(
+            f"peak memory with {metric}: {held['peak_bytes'] / 2**20:.0f} MiB, {held['peak / allowed']:.2f} of the allowed {held['allowed_bytes'] / 2**20:.0f} MiB"
+        )
     print(f"import hf_sparse adds {result['import']['median_seconds']:.3f} s (target {TARGETS['import seconds']})")
 
 
