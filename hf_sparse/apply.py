@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_sparse.blocks import Block
 from hf_sparse.config import SparsityConfig
+from hf_sparse.forwards import norm
 from hf_sparse.metrics import Inputs
 from hf_sparse.patterns import Pattern
 from hf_sparse.plan import SitePlan
@@ -55,7 +56,9 @@ def _measured(plan: SitePlan, recorder: Recorder | None, sites: Mapping[str, Sit
     if recorder is None:
         return plan, Inputs()
     own, consumer = recorder.own(plan.site), _consumer(plan, recorder, sites)
-    if plan.metric.needs <= set(own) and plan.metric.consumer_needs <= set(consumer):
+    measured = plan.metric.needs <= set(own) and plan.metric.consumer_needs <= set(consumer)
+    # An input of nothing but zeros tells no weight from another; batched experts without tokens get such.
+    if measured and all(bool(value.any()) for value in (*own.values(), *consumer.values())):
         return plan, Inputs(own, consumer)
     why = (
         "no calibration token reached this expert"
@@ -72,14 +75,15 @@ def _prune_site(
     plan, inputs = _measured(plan, recorder, block_plan.sites)
     site, pattern = plan.site, Pattern.parse(config.pattern)
     stored = read(model, site)
-    weight = stored.float()
+    weight = stored if stored.dtype == torch.float64 else stored.float()
     inputs = Inputs(inputs.own, inputs.consumer, config.options_of(plan.metric.name))
     scores: torch.Tensor = plan.metric.function(weight, inputs)  # type: ignore[assignment]
     mask = pattern.mask(scores, plan.sparsity, plan.axis, config.options_of("unstructured")["rounding"])
     for name in config.update:
         weight, mask = UPDATES[name].function(weight, scores, mask, inputs.own, pattern, plan.sparsity, plan.axis)  # type: ignore[misc]
+    kept = stored if config.update == ("none",) else weight.to(stored.dtype)
     # Adding zero turns -0.0 into 0.0, so that one rule, weight != 0, tells what is kept.
-    new = torch.where(mask, weight, 0).to(stored.dtype) + 0.0
+    new = torch.where(mask, kept, 0) + 0.0
     error = _site_error(stored, new, recorder.sample(site) if recorder else None)
     write_(model, site, new)
     zeros = new.numel() - int(torch.count_nonzero(new))
@@ -98,7 +102,5 @@ def _site_error(dense: torch.Tensor, sparse: torch.Tensor, sample: torch.Tensor 
     if sample is None:
         return None
     sample = sample.to(dense.dtype)
-    before = torch.linalg.vector_norm(sample @ dense.T, dtype=torch.float32)
-    return (
-        float(torch.linalg.vector_norm(sample @ (dense - sparse).T, dtype=torch.float32) / before) if before else None
-    )
+    before = norm(sample @ dense.T)
+    return norm(sample @ (dense - sparse).T) / before if before else None

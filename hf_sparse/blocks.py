@@ -29,9 +29,9 @@ class Block:
 
         Changes to weights in memory stay; changes to offloaded ones only after `commit()`.
         """
-        self._brought = offload.bring_in(self.module)
         home = None
         try:
+            offload.bring_in(self.module, self._brought)
             if device is not None and not self._brought:
                 home = next(self.module.parameters()).device
                 self.module.to(device)

@@ -1,8 +1,10 @@
-"""Measures what the chosen steps need, block by block, on calibration data."""
+"""Gets a model and its calibration data ready, and looks at what runs and what feeds what."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Batch, Limits, Sample, Samples, batches, read_samples, tokens_of
 from hf_sparse.errors import CalibrationError
 from hf_sparse.families import Inventory
-from hf_sparse.forwards import watched
+from hf_sparse.forwards import Call, Modes, watched
 from hf_sparse.observe import eager_experts
 from hf_sparse.sites import Site
 
 TOKEN_BUDGET = 4096  # tokens in a batch of size "auto"
+Kind = tuple[str, ...]  # the names of a sample's tensors
 _SURVEY_TOKENS = 64  # a survey only asks which parts run and what feeds what, so a short piece is enough
 
 
@@ -69,19 +72,22 @@ def read_calibration(
     model: nn.Module, config: SparsityConfig, tokenizer: Any = None, tokenizer_options: Mapping[str, Any] | None = None
 ) -> Samples:
     """The calibration samples of a config, checked against the model."""
-    samples = read_samples(
-        config.calibration,
-        tokenizer=tokenizer_of(model, tokenizer, tokenizer_options),
-        num_samples=config.num_samples,
-        sequence_length=config.sequence_length,
-        seed=config.seed,
-        limits=limits_of(model),
-    )
+    # A DataLoader draws from the global generator: seeded here, put back behind.
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        samples = read_samples(
+            config.calibration,
+            tokenizer=tokenizer_of(model, tokenizer, tokenizer_options),
+            num_samples=config.num_samples,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            limits=limits_of(model),
+        )
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return samples
     # Text alone says nothing about the decoder's side, so the decoder reads the same text.
     rows = [_with_decoder_input(row) for row in samples.rows]
-    return Samples(rows, samples.source, samples.fingerprint, samples.tokens)
+    return replace(samples, rows=rows)
 
 
 def _with_decoder_input(row: Sample) -> Sample:
@@ -110,14 +116,14 @@ def ready(model: nn.Module) -> Iterator[None]:
         id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
     }
     caches = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         model.eval()
         for module, _ in compiled:
             module._compiled_call_impl = None
         for config, _ in caches:
             config.use_cache = False
-        with torch.random.fork_rng(devices), torch.no_grad(), eager_experts(model):
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad(), eager_experts(model):
             yield
     finally:
         for module, mode in modes:
@@ -146,11 +152,36 @@ def forward(model: nn.Module, values: Sample) -> Callable[[], object]:
 
 @dataclass
 class Survey:
-    """What one short dense pass shows: which blocks run, how often, and which feeds the numeric probe confirmed."""
+    """What short dense passes show: which blocks run in which order, how often, and which feeds the probe confirmed."""
 
-    calls: dict[int, int] = field(default_factory=dict)  # block index -> calls a pass
+    calls: dict[Kind, list[int]] = field(default_factory=dict)  # kind of sample -> blocks in the order of their calls
     feeds: dict[int, list[groups.Feed]] = field(default_factory=dict)
     unresolved: dict[str, str] = field(default_factory=dict)  # site name -> why nothing is known about what it feeds
+
+    @property
+    def reached(self) -> set[int]:
+        return {index for calls in self.calls.values() for index in calls}
+
+    def expected(self, index: int, batches: Sequence[Batch]) -> int:
+        """How often the batches will call a block."""
+        return sum(self.calls.get(kind_of(batch.values), []).count(index) for batch in batches)
+
+    def order(self) -> list[int]:
+        """One order of the blocks that agrees with every kind's; as first met where the kinds contradict each other."""
+        before: dict[int, set[int]] = {}
+        for calls in self.calls.values():
+            met = list(dict.fromkeys(calls))
+            for position, index in enumerate(met):
+                before.setdefault(index, set()).update(met[position - 1 : position])
+        try:
+            return list(TopologicalSorter(before).static_order())
+        except CycleError:
+            return list(before)
+
+
+def kind_of(values: Sample) -> Kind:
+    """Samples with the same tensors take the same way through a model."""
+    return tuple(sorted(values))
 
 
 def _short(row: Sample) -> Sample:
@@ -164,32 +195,30 @@ def _short(row: Sample) -> Sample:
 def survey(
     model: nn.Module, inventory: Inventory, rows: Sequence[Sample], want_feeds: bool, device: str | None = None
 ) -> Survey:
-    """Run one short sample of each kind (by its tensors' names) through the dense model.
-
-    A feed is proven once for each make of block (class and sites alike); equal blocks share the proof.
-    """
-    kinds = {tuple(sorted(row)): row for row in reversed(rows)}
+    """Run one short sample of each kind through the dense model; with `want_feeds` the probe runs in every block."""
     found = Survey()
-    for row in kinds.values():
-        calls: dict[int, int] = {}
+    thread = threading.get_ident()
+    for kind, row in {kind_of(row): row for row in reversed(rows)}.items():
+        calls = found.calls.setdefault(kind, [])
 
-        def call(
+        def visit(
             block: Block,
             run: Callable[..., Any],
             args: tuple[Any, ...],
             kwargs: dict[str, Any],
-            calls: dict[int, int] = calls,
+            calls: list[int] = calls,
         ) -> Any:
-            calls[block.index] = calls.get(block.index, 0) + 1
-            if want_feeds and block.index not in found.feeds and inventory.sites.get(block.index):
-                with block.loaded():
-                    _find_feeds(model, block, inventory.sites[block.index], lambda: run(*args, **kwargs), found)
-            return run(*args, **kwargs)
+            if threading.get_ident() != thread:  # somebody else uses the model meanwhile
+                return run(*args, **kwargs)
+            calls.append(block.index)
+            call = Call(0, block, args, kwargs, run, Modes.present())
+            with block.loaded(device):
+                if want_feeds and block.index not in found.feeds and inventory.sites.get(block.index):
+                    _find_feeds(model, block, inventory.sites[block.index], lambda: call(device), found)
+                return call(device)
 
-        with watched(inventory.blocks, call):
+        with watched(inventory.blocks, visit):
             forward(model, _short(row))()
-        for index, number in calls.items():
-            found.calls[index] = max(number, found.calls.get(index, 0))
     return found
 
 

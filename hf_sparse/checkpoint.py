@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sparse.errors import CheckpointError, ModelError
-from hf_sparse.families import find_sites
+from hf_sparse.blocks import Block
+from hf_sparse.config import SparsityConfig
+from hf_sparse.errors import CheckpointError, HfSparseError, ModelError
+from hf_sparse.families import Inventory, find_sites
+from hf_sparse.plan import select
 from hf_sparse.report import Report
-from hf_sparse.sites import Site, read
+from hf_sparse.sites import Site, read, view
 
 CONFIG_KEY = "hf_sparse"
 FORMAT = 1
@@ -21,14 +24,9 @@ _REPORT = "_hf_sparse_report"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Transformers model inside torch.compile, DataParallel and PEFT wrappers; pruning it prunes what they run.
-
-    Raises: ModelError for FSDP and DeepSpeed, whose weights lie flattened or sharded over processes.
-    """
+    """The Transformers model inside torch.compile, DataParallel and PEFT wrappers; pruning it prunes what they run."""
     while True:
         kind = type(model).__name__
-        if kind in ("FullyShardedDataParallel", "DeepSpeedEngine") or kind.startswith("FSDP"):
-            raise ModelError(f"a model wrapped as {kind} has its weights in shards; prune it before you wrap it.")
         inner = getattr(model, "_orig_mod", None)
         if inner is None and kind in ("DataParallel", "DistributedDataParallel"):
             inner = model.module
@@ -41,6 +39,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def check_prunable(model: nn.Module) -> None:
     """Refuse quantized, sharded and weightless models, with the way out."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a {type(model).__name__} cannot be pruned; give a model, such as from_pretrained returns.")
+    kind = type(model).__name__
+    if kind in ("FullyShardedDataParallel", "DeepSpeedEngine") or kind.startswith("FSDP"):
+        raise ModelError(f"a model wrapped as {kind} has its weights in shards; prune it before you wrap it.")
     config = getattr(model, "config", None)
     method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
     if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
@@ -68,15 +71,24 @@ def check_prunable(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------- counting
 
 
-def _targeted(model: nn.Module) -> Iterator[tuple[Any, list[Site]]]:
+def _targeted(model: nn.Module) -> Iterator[tuple[Block, list[Site]]]:
     """Each block with those of its sites that were pruned, or with all of them where nothing is known."""
     known = report(model)
-    names = {site.name for site in known.sites} if known else set(_claim(model).get("sites", ()))
     inventory = find_sites(unwrap(model))
+    names = {site.name for site in known.sites} if known else _claimed_names(model, inventory)
     for block in inventory.blocks:
         sites = [site for site in inventory.sites.get(block.index, []) if not names or site.name in names]
         if sites:
             yield block, sites
+
+
+def _claimed_names(model: nn.Module, inventory: Inventory) -> set[str]:
+    """The sites that the config in the claim targets; none where the claim cannot be used."""
+    try:
+        chosen, _ = select(inventory, SparsityConfig.from_dict(_claim(model).get("config", {})))
+    except (HfSparseError, TypeError):
+        return set()
+    return {site.name for sites in chosen.values() for site in sites}
 
 
 def _claim(model: nn.Module) -> dict[str, Any]:
@@ -109,16 +121,10 @@ def count(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def is_sparse(model: nn.Module) -> bool:
-    """Whether the model was pruned by hf_sparse, or has at least a tenth of zeros in its sites."""
-    if _claim(model) or report(model) is not None:
-        return True
+    """Whether the weights say so: zeros in the sites that hf_sparse pruned, or a tenth of zeros where nothing is known."""
     counted = count(model).values()
-    return sum(zeros for zeros, _ in counted) >= 0.1 * max(1, sum(size for _, size in counted))
-
-
-def matrix_weights(module: nn.Module) -> int:
-    """Number of weights in all matrices of a block, whether they are sites or not."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
+    zeros, size = sum(zeros for zeros, _ in counted), sum(size for _, size in counted)
+    return zeros > 0 if _claim(model) or report(model) is not None else zeros >= 0.1 * max(1, size)
 
 
 # ---------------------------------------------------------------------------------------------------- what a model carries
@@ -147,25 +153,47 @@ def claim(report: Report) -> dict[str, Any]:
         "format": FORMAT,
         "config": report.config,
         "totals": report.totals(),
-        "calibration": report.calibration,
+        "calibration": {key: value for key, value in (report.calibration or {}).items() if key != "items"} or None,
         "version": report.versions.get("hf_sparse", ""),
     }
 
 
-def recounted(model: nn.Module) -> dict[str, Any]:
-    """The claim with totals counted now, so that it stays true after training."""
-    counted = count(model)
+def detach(model: nn.Module) -> None:
+    """Take back what a model claims about its sparsity."""
+    if hasattr(model, _REPORT):
+        object.__delattr__(model, _REPORT)
+    if CONFIG_KEY in getattr(getattr(model, "config", None), "__dict__", {}):
+        delattr(model.config, CONFIG_KEY)
+
+
+def recounted(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """The claim with totals counted now, in what is going to be saved, so that it stays true after training.
+
+    Totals are left out where they cannot be counted: weights in shards, or a state dict without the sites' tensors.
+    """
+    claim = {key: value for key, value in _claim(model).items() if key != "totals"}
+    if any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters()) and state_dict is None:
+        return claim
+    try:
+        counted = count(model) if state_dict is None else _counted_in(state_dict, model)
+    except (KeyError, RuntimeError):
+        return claim
     zeros, size = sum(zeros for zeros, _ in counted.values()), sum(size for _, size in counted.values())
-    all_matrices = sum(matrix_weights(block.module) for block in find_sites(unwrap(model)).blocks)
     known = report(model)
+    all_matrices = sum(block.all_matrices for block in known.blocks) if known else size
     totals = {
-        "zeros": zeros, "sites": len(counted), "sparsity": zeros / max(1, size), "block_sparsity": zeros / max(1, _all(known, all_matrices)),
+        "zeros": zeros, "sites": len(counted), "sparsity": zeros / max(1, size), "block_sparsity": zeros / max(1, all_matrices),
     }  # fmt: skip
-    return {**_claim(model), "totals": totals}
+    return {**claim, "totals": totals}
 
 
-def _all(known: Report | None, counted: int) -> int:
-    return sum(block.all_matrices for block in known.blocks) if known else counted
+def _counted_in(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, tuple[int, int]]:
+    found = {}
+    for _, sites in _targeted(model):
+        for site in sites:
+            weight = view(state_dict[f"{site.module}.{site.parameter}"], site)
+            found[site.name] = (weight.numel() - int(torch.count_nonzero(weight)), weight.numel())
+    return found
 
 
 def write_side_files(model: nn.Module, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Measures a model on text: token perplexity, or the model's own loss where that makes no sense."""
 
 import math
-import re
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,12 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 from hf_sparse.calibrate import forward, limits_of, ready, tokenizer_of
 from hf_sparse.checkpoint import report, unwrap
+from hf_sparse.config.serialise import whole
 from hf_sparse.data import Batch, Sample, Samples, batches, fingerprint, read_samples
-from hf_sparse.errors import CalibrationError, ConfigError
+from hf_sparse.errors import CalibrationError, ConfigError, ModelError
 
 _TOKENS_AT_ONCE = 4096
-# Sources whose name stands for one text: files, data sets of the Hub and splits of the standard library.
-_NAMED = re.compile(r"stdlib:|\S+/\S+|.*\.(txt|jsonl|npy)$")
 _MASKED_SHARE = 0.15  # of the tokens, as BERT was trained (arXiv 1810.04805, section 3.1)
 
 
@@ -27,7 +25,7 @@ class Measurement:
 
     metric: str  # "perplexity", "masked loss" or "loss"
     value: float
-    tokens: int  # positions that were predicted
+    tokens: int  # positions that were predicted, or samples where the model's own loss has no positions
     window: int | None
     stride: int | None
     text: str  # where the data came from
@@ -59,11 +57,13 @@ def evaluate(
     Raises: CalibrationError for data that do not fit, or that the model was calibrated on unless `same_text_allowed`.
     """
     limit = limits_of(unwrap(model)).length
-    if window is None:
-        window = min(512, limit or 512)
-    if window < 2 or (limit and window > limit):
-        raise ConfigError(f"window={window} is not allowed; give 2 to {limit or 'any number of'} tokens.")
-    if stride is not None and not 0 < stride <= window:
+    window = min(512, limit or 512) if window is None else window
+    for name, value in {"window": window, "stride": stride, "max_windows": max_windows}.items():
+        if value is not None:
+            whole(name, value, 2 if name == "window" else 1)
+    if limit and window > limit:
+        raise ConfigError(f"window={window} is not allowed; give 2 to {limit} tokens.")
+    if stride is not None and stride > window:
         raise ConfigError(f"stride={stride} is not allowed; give 1 to window={window}.")
     start = time.monotonic()
     samples = read_samples(
@@ -73,25 +73,31 @@ def evaluate(
     _refuse_same(model, samples, same_text_allowed)
     rows = samples.rows[:max_windows] if max_windows else samples.rows
     kind = _kind(unwrap(model), rows[0])
+    if stride is not None and samples.kind not in ("text", "stream"):
+        raise ConfigError(
+            f"stride={stride} needs one long text to cut; {samples.source} holds samples that are cut already."
+        )
+    lengths = {row["input_ids"].shape[-1] for row in rows if "input_ids" in row}
     mask_id = _mask_id(tokenizer_of(unwrap(model), tokenizer)()) if kind == "masked loss" else 0
     with ready(unwrap(model)):
         loss, tokens = _mean_loss(unwrap(model), rows, kind, stride, seed, mask_id)
-    value = math.exp(min(loss, 700)) if kind == "perplexity" else loss
-    tells_window = kind != "loss"
+    if not math.isfinite(loss):
+        raise ModelError(f"the model's {kind} on {samples.source} is {loss}, so its weights or this dtype are broken.")
+    figure = math.exp(min(loss, 700)) if kind == "perplexity" else loss
+    used = lengths.pop() if kind != "loss" and len(lengths) == 1 else None
     return Measurement(
-        kind, value, tokens, window if tells_window else None, (stride or window) if kind == "perplexity" else None, samples.source,
+        kind, figure, tokens, used, (stride or used) if kind == "perplexity" else None, samples.source,
         fingerprint(rows), time.monotonic() - start,
     )  # fmt: skip
 
 
 def _refuse_same(model: nn.Module, samples: Samples, allowed: bool) -> None:
     known = report(model)
-    used = (known.calibration or {}) if known else {}
-    named = samples.source == used.get("source") and _NAMED.match(samples.source)
-    if not allowed and (named or samples.fingerprint == used.get("fingerprint")):
+    used = set((known.calibration or {}).get("items", ())) if known else set()
+    if not allowed and (common := used & set(samples.items)):
         raise CalibrationError(
-            f"the model was calibrated on this very text ({samples.source}), so a figure on it would flatter; evaluate on other text, "
-            "or allow it explicitly."
+            f"the model was calibrated on {len(common)} of the texts in {samples.source}, so a figure on it would flatter; "
+            "evaluate on other text, or allow it explicitly."
         )
 
 
@@ -167,4 +173,8 @@ def _own_loss(model: nn.Module, batch: Batch) -> tuple[float, int]:
             f"{type(model).__name__} has no token perplexity and computes no loss on data with the keys {sorted(batch.values)}; "
             "give dicts that hold labels."
         )
-    return float(loss) * len(batch.numbers), len(batch.numbers)
+    labels = batch.values.get("labels")
+    tokens = labels is not None and labels.ndim > 1 and not labels.is_floating_point()
+    # The model's mean goes over its labels; weighting by their number makes the figure independent of the batches.
+    counted = int((labels != -100).sum()) if tokens and labels is not None else len(batch.numbers)
+    return float(loss) * counted, counted

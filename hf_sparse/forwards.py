@@ -19,6 +19,26 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hf_sparse.blocks import Block
 
 
+@dataclass(frozen=True)
+class Modes:
+    """Settings of the thread that a model's code may change around its blocks, so each pass has its own while it is paused."""
+
+    gradients: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def present(cls) -> "Modes":
+        kinds = ("cpu", "cuda")
+        casts = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+        return cls(torch.is_grad_enabled(), casts)
+
+    def apply(self) -> None:
+        torch.set_grad_enabled(self.gradients)
+        for kind, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+
 @dataclass
 class Call:
     """One batch waiting at one block."""
@@ -28,26 +48,32 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     run: Callable[..., Any]  # the block's own forward
+    modes: Modes
     output: Any = None
 
     def __call__(self, device: str | torch.device | None = None) -> Any:
         """Run the block on this call's arguments; with `device` they go there, and the output comes back."""
-        if device is None:
-            return self.run(*self.args, **self.kwargs)
-        home = next(
-            (leaf.device for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)), None
-        )
-        args, kwargs = moved((self.args, self.kwargs), device)
-        return moved(self.run(*args, **kwargs), home)
+        before = Modes.present()
+        self.modes.apply()
+        try:
+            if device is None:
+                return self.run(*self.args, **self.kwargs)
+            home = next((tensor.device for tensor in self.tensors()), None)
+            args, kwargs = moved((self.args, self.kwargs), device)
+            return moved(self.run(*args, **kwargs), home)
+        finally:
+            before.apply()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among the arguments."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
 
 
 def moved(tree: Any, device: str | torch.device | None) -> Any:
     """The same structure with its tensors on `device`."""
-    return (
-        tree
-        if device is None
-        else tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
-    )
+    if device is None:
+        return tree
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
 def main_tensor(output: Any) -> torch.Tensor | None:
@@ -55,6 +81,11 @@ def main_tensor(output: Any) -> torch.Tensor | None:
     return next(
         (leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None
     )
+
+
+def norm(tensor: torch.Tensor) -> float:
+    """L2 norm, added up in at least single precision."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)))
 
 
 @contextmanager
@@ -87,31 +118,40 @@ def watched(
         yield
 
 
-def walk(blocks: Sequence[Block], passes: Sequence[Callable[[], Any]]) -> Generator[list[Call], None, None]:
+def walk(
+    blocks: Sequence[Block], passes: Sequence[Callable[[], Any]], order: Sequence[int] = ()
+) -> Generator[list[Call], None, None]:
     """Yield the calls waiting at one block, for one block after the other; each call's `output` must be set before going on.
 
-    `passes` run the model on one batch each. Closing the generator ends them where they are, so the head need not run.
+    `passes` run the model on one batch each. `order` holds block indices in the order of their turns, so that passes that
+    skip some blocks wait for those that do not; blocks it does not name follow as they are met. Closing the generator ends
+    the passes where they are, so the head need not run.
     """
     workers: dict[greenlet, int] = {}
+    base = Modes.present()
 
     def pause(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         worker = greenlet.getcurrent()
         if worker not in workers:  # another thread uses the model meanwhile
             return run(*args, **kwargs)
-        call = Call(workers[worker], block, args, kwargs, run)
-        driver.switch(call)
+        call = Call(workers[worker], block, args, kwargs, run, Modes.present())
+        base.apply()
+        try:
+            driver.switch(call)
+        finally:
+            call.modes.apply()
         output, call.output = call.output, None
         return output
 
     with watched(blocks, pause):
         driver = greenlet.getcurrent()
-        order: dict[int, int] = {}  # block index -> when it was first met
+        rank = {index: position for position, index in enumerate(order)}
         waiting: list[tuple[greenlet, Call]] = []
 
         def advance(worker: greenlet) -> None:
             call = worker.switch()
             if isinstance(call, Call) and not worker.dead:
-                order.setdefault(call.block.index, len(order))
+                rank.setdefault(call.block.index, len(rank))
                 waiting.append((worker, call))
 
         try:
@@ -120,7 +160,7 @@ def walk(blocks: Sequence[Block], passes: Sequence[Callable[[], Any]]) -> Genera
                 workers[worker] = number
                 advance(worker)
             while waiting:
-                front = min((call.block.index for _, call in waiting), key=order.__getitem__)
+                front = min((call.block.index for _, call in waiting), key=rank.__getitem__)
                 here = [pair for pair in waiting if pair[1].block.index == front]
                 waiting[:] = [pair for pair in waiting if pair[1].block.index != front]
                 yield [call for _, call in here]
@@ -128,6 +168,7 @@ def walk(blocks: Sequence[Block], passes: Sequence[Callable[[], Any]]) -> Genera
                     worker, _ = here.pop(0)  # the driver must not keep a call's input alive beside its output
                     advance(worker)
         finally:
-            for worker in workers:
+            for worker in reversed(workers):
                 if not worker.dead:
                     worker.throw()
+            base.apply()

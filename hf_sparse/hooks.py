@@ -1,7 +1,9 @@
 """The plugin: `from_pretrained(..., sparsity_config=...)` prunes, and sparse models save what they know about themselves."""
 
 import functools
+import inspect
 import threading
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +15,9 @@ from transformers.utils import cached_file
 
 from hf_sparse import checkpoint
 from hf_sparse.config import SparsityConfig
-from hf_sparse.errors import ConfigError
+from hf_sparse.errors import ConfigError, HfSparseError
 from hf_sparse.prune import prune_
+from hf_sparse.replace import old_weights_aside
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 
 PICTURE_FILE = "hf_sparse_report.png"
@@ -31,12 +34,6 @@ _SHARED = (
     "force_download",
     "subfolder",
     "proxies",
-)
-_SAVED_WEIGHTS = (
-    "model*.safetensors",
-    "model*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model*.bin.index.json",
 )
 
 
@@ -71,7 +68,7 @@ def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(cls, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        if isinstance(getattr(getattr(model, "config", None), checkpoint.CONFIG_KEY, None), dict):
+        if path is not None and isinstance(getattr(getattr(model, "config", None), checkpoint.CONFIG_KEY, None), dict):
             checkpoint.read_side_files(model, _report_file(path, kwargs))
         if config is not None:
             prune_(
@@ -97,43 +94,36 @@ def _wrap_auto(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def save_pretrained(
-        self: Any, save_directory: Any, *args: Any, sparse_format: str | None = None, **kwargs: Any
-    ) -> Any:
+    def save_pretrained(self: Any, *args: Any, sparse_format: str | None = None, **kwargs: Any) -> Any:
         if sparse_format not in (None, "dense"):
             raise ConfigError(
                 f"sparse_format={sparse_format!r} is not available in this version; leave it out to save dense tensors with zeros."
             )
-        is_main = args[0] if args else kwargs.get("is_main_process", True)
-        if not _enabled or not is_main or not isinstance(getattr(self.config, checkpoint.CONFIG_KEY, None), dict):
-            return original(self, save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        setattr(self.config, checkpoint.CONFIG_KEY, checkpoint.recounted(self))
-        if not folder.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            # The new config.json is written first; beside old weights it would make a model that lies if the save broke off.
-            if not _reads_from(self, folder):
-                _remove_weights(folder)
+        if not _enabled or not _saves_weights(self):
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        folder = Path(given.arguments["save_directory"])
+        if not given.arguments["is_main_process"] or folder.is_file():
+            return original(self, *args, **kwargs)
+        setattr(self.config, checkpoint.CONFIG_KEY, checkpoint.recounted(self, given.arguments["state_dict"]))
+        folder.mkdir(parents=True, exist_ok=True)
+        # The new config.json is written first; beside old weights it would make a model that lies if the save broke off.
+        with old_weights_aside(folder, given.arguments["variant"]):
             checkpoint.write_side_files(self, folder)
             _write_card(self, folder)
-        return original(self, save_directory, *args, **kwargs)
+            return original(self, *args, **kwargs)
 
     return save_pretrained
 
 
-def _reads_from(model: Any, folder: Path) -> bool:
-    """Whether weights still lie on the disk only, perhaps in the very folder that is saved to."""
-    return (
-        "disk" in (getattr(model, "hf_device_map", None) or {}).values()
-        and Path(model.config.name_or_path or ".").resolve() == folder.resolve()
-    )
-
-
-def _remove_weights(folder: Path) -> None:
-    for pattern in _SAVED_WEIGHTS:
-        for file in folder.glob(pattern):
-            file.unlink()
+def _saves_weights(model: Any) -> bool:
+    """Whether a save writes the sparse model itself, not only an adapter on it."""
+    claims = isinstance(getattr(model.config, checkpoint.CONFIG_KEY, None), dict)
+    return claims and not getattr(model, "_hf_peft_config_loaded", False)
 
 
 def _write_card(model: Any, folder: Path) -> None:
@@ -143,10 +133,14 @@ def _write_card(model: Any, folder: Path) -> None:
     report = checkpoint.report(model)
     if report is None:
         return
-    picture = None
-    if find_spec("matplotlib") is not None:  # plots are an extra; the card says what there is
-        picture = report.plot(folder / PICTURE_FILE).name
-    write_card(folder, SparseModelCard.of_model(model, report, plot_name=picture))
+    try:
+        picture = None
+        if find_spec("matplotlib") is not None:  # plots are an extra; the card says what there is
+            picture = report.plot(folder / PICTURE_FILE).name
+        write_card(folder, SparseModelCard.of_model(model, report, plot_name=picture))
+    except (HfSparseError, ValueError, TypeError, OverflowError, OSError) as error:
+        # The weights must not be lost for the sake of a card, which a damaged report can spoil.
+        warnings.warn(f"the model card was not written: {error}", stacklevel=4)
 
 
 # ---------------------------------------------------------------------------------------------------- in and out

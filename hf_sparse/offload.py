@@ -24,15 +24,13 @@ def _parameters(child: nn.Module) -> list[str]:
     return [name for name, _ in child.named_parameters(recurse=False)]
 
 
-def bring_in(module: nn.Module) -> Brought:
-    """Put offloaded parameters on their execution device and keep them there; the result is what `send_out` needs."""
-    brought: Brought = []
-    for _, child, hook in _offloading_hooks(module):
+def bring_in(module: nn.Module, brought: Brought) -> None:
+    """Put offloaded parameters on their execution device and keep them there; `brought` gets what `send_out` needs."""
+    for _, child, hook in list(_offloading_hooks(module)):
+        brought.append((child, hook))
         for name in _parameters(child):
             set_module_tensor_to_device(child, name, hook.execution_device, value=hook.weights_map[name])
         hook.offload = False
-        brought.append((child, hook))
-    return brought
 
 
 def send_out(brought: Brought) -> None:

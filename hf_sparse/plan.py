@@ -45,8 +45,11 @@ def _part_of(site: Site, part: str) -> bool:
     return bool(_PATHS[part].search(site.name)) and not (part == "mlp" and _PATHS[other].search(site.name))
 
 
-def _matches(site: Site, globs: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(site.name, glob) for glob in globs)
+def _matches(site: Site, targets: tuple[str, ...]) -> bool:
+    return any(
+        target == "all" or (_part_of(site, target) if target in _ROLES else fnmatchcase(site.name, target))
+        for target in targets
+    )
 
 
 def select(inventory: Inventory, config: SparsityConfig) -> tuple[dict[int, list[Site]], dict[str, str]]:
@@ -56,21 +59,20 @@ def select(inventory: Inventory, config: SparsityConfig) -> tuple[dict[int, list
     """
     chosen: dict[int, list[Site]] = {}
     left: dict[str, str] = {}
-    targets = config.targets
+    targets = (config.targets,) if isinstance(config.targets, str) else config.targets
     for index, sites in inventory.sites.items():
         for site in sites:
-            if not (
-                targets == "all" or (_part_of(site, targets) if isinstance(targets, str) else _matches(site, targets))
-            ):
+            if not _matches(site, targets):
                 left[site.name] = "not among the targets"
             elif _matches(site, config.exclude):
                 left[site.name] = "excluded"
             else:
                 chosen.setdefault(index, []).append(site)
     names = [site.name for site in inventory.all()]
-    for glob in config.exclude:
-        if not any(fnmatchcase(name, glob) for name in names):
-            raise ConfigError(f"exclude={glob!r} matches no site; the sites are named like {names[:3]}.")
+    for field, globs in {"targets": targets, "exclude": config.exclude}.items():
+        for glob in globs:
+            if glob not in ("all", *_ROLES) and not any(fnmatchcase(name, glob) for name in names):
+                raise ConfigError(f"{field}: {glob!r} matches no site; the sites are named like {names[:3]}.")
     if not chosen:
         raise ConfigError(
             f"targets={targets!r} with exclude={config.exclude!r} leaves no site to prune; the sites are named like {names[:3]}."

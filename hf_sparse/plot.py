@@ -66,12 +66,12 @@ def _write(path: Path, content: bytes) -> None:
 def _draw(figure: "Figure", report: Report) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True)
     figure.suptitle(_title(report), fontsize=12, fontweight="bold", color=_INK, parse_math=False)
-    stacks = list(dict.fromkeys(block.stack for block in report.blocks))
+    stacks = list(dict.fromkeys(block.stack for block in report.pruned_blocks))
     colours = {stack: _COLOURS[number % len(_COLOURS)] for number, stack in enumerate(stacks)}
     for axes in (upper, lower):
-        _style(axes, report.blocks)
+        _style(axes, report.pruned_blocks)
     _draw_sparsity(upper, report, colours)
-    _draw_errors(lower, report.blocks, colours)
+    _draw_errors(lower, report.pruned_blocks, colours)
     lower.set_xlabel("block (position among all blocks of the model)")
     if len(stacks) > 1:
         _legend(figure, stacks, colours)
@@ -109,12 +109,15 @@ def _style(axes: "Axes", blocks: Sequence[BlockReport]) -> None:
 def _draw_sparsity(axes: "Axes", report: Report, colours: dict[str, str]) -> None:
     axes.set_ylabel("sparsity of the sites (%)")
     axes.set_ylim(0, 100)
-    if not report.blocks:
+    if not report.pruned_blocks:
         _say(axes, "no block was pruned")
         return
-    heights = [100 * block.sparsity for block in report.blocks]
+    heights = [100 * block.sparsity for block in report.pruned_blocks]
     axes.bar(
-        [block.index for block in report.blocks], heights, width=0.8, color=[colours[b.stack] for b in report.blocks]
+        [block.index for block in report.pruned_blocks],
+        heights,
+        width=0.8,
+        color=[colours[b.stack] for b in report.blocks],
     )
     axes.axhline(100 * report.sparsity, color=_INK, linewidth=1, linestyle="--")
     _remark(axes, f"dashed: all sites, {100 * report.sparsity:.2f} %")

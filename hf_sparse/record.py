@@ -1,6 +1,7 @@
 """Records what enters the sites of a block while it runs."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +14,17 @@ from hf_sparse.sites import Site
 from hf_sparse.statistics import Statistic
 
 ERROR_SAMPLE = 512  # tokens at most on which the output error of a site is measured
+
+
+Identity = tuple[int, tuple[int, ...], int, tuple[int, ...], int]
+
+
+class _Present(NamedTuple):
+    """A tensor that was read in the present call: whose input it is, and which statistics have it already."""
+
+    key: Operand
+    x: torch.Tensor
+    added: set[str]
 
 
 class Recorder:
@@ -28,24 +40,35 @@ class Recorder:
         self.statistics: dict[tuple[Operand, str], Statistic] = {}
         self.samples: dict[Operand, list[torch.Tensor]] = {}
         self._wanted = {operand_of(site) for site in sites}
-        self._present: dict[tuple[int, tuple[int, ...], int], tuple[Operand, torch.Tensor]] = {}
+        self._tokens: dict[Operand, int] = {}
+        self._present: dict[Identity, _Present] = {}
 
     def seen(self, operand: Operand, x: torch.Tensor, product: torch.Tensor) -> None:
         """The observer's callback."""
         if operand not in self._wanted:
             return
-        identity = (x.data_ptr(), (x.numel(), x.shape[-1]), x._version)
-        if identity in self._present:
-            first = self._present[identity][0]
-            shared = self.input_of.setdefault(operand, first)
-            if shared == first:
-                self._add_missing(first, operand, x)
-                return
-        key = self.input_of.setdefault(operand, operand)
-        self._present[identity] = (key, x)  # kept until the call ends, so that no other tensor takes its address
+        identity = (x.data_ptr(), tuple(x.shape[-1:]), x.numel(), x.stride(), x._version)
+        present = self._present.get(identity)
+        key = self.input_of.setdefault(operand, present.key if present else operand)
+        if present is not None and present.key != key:
+            raise CalibrationError(
+                f"{operand.module} shares its input with {present.key.module} in one run of the block and not in another; "
+                f"leave one of them out with exclude=('{present.key.module}',)."
+            )
         flat = x.detach().reshape(-1, x.shape[-1])
-        for name in sorted(self._needs.get(operand, ())):
+        if present is None:
+            # Kept until the call ends, so that no other tensor takes its address.
+            present = self._present[identity] = _Present(key, x, set())
+            self._count(key, operand, flat)
+        # A later reader of the same input may need a statistic that the first one did not.
+        for name in sorted(self._needs.get(operand, set()) - present.added):
             self._statistic(key, name, flat).add(flat)
+            present.added.add(name)
+
+    def _count(self, key: Operand, operand: Operand, flat: torch.Tensor) -> None:
+        """Tokens of an input; rows of zeros are how batched experts are given tokens that are not theirs."""
+        tokens = flat.shape[0] if operand.expert is None else int(flat.any(dim=1).sum())
+        self._tokens[key] = self._tokens.get(key, 0) + tokens
         kept = self.samples.setdefault(key, [])
         if flat.shape[0] and sum(map(len, kept)) < ERROR_SAMPLE:
             step = max(1, flat.shape[0] // self._sample_each)
@@ -56,18 +79,12 @@ class Recorder:
             self.statistics[key, name] = STATISTICS[name].function(flat.shape[-1], flat.device)  # type: ignore[assignment]
         return self.statistics[key, name]
 
-    def _add_missing(self, first: Operand, operand: Operand, x: torch.Tensor) -> None:
-        """A later reader of the same input may need a statistic that the first one did not."""
-        for name in sorted(self._needs.get(operand, set()) - self._needs.get(first, set())):
-            flat = x.detach().reshape(-1, x.shape[-1])
-            self._statistic(first, name, flat).add(flat)
-
     def end_call(self, batch: Batch, names: dict[Operand, str]) -> None:
         """Forget the tensors of one call; refuse inputs that were not finite.
 
         Raises: CalibrationError that names the site and, where the input still shows it, the sample.
         """
-        for key, x in self._present.values():
+        for key, x, _ in self._present.values():
             statistics = [statistic for (owner, _), statistic in self.statistics.items() if owner == key]
             finite = all(bool(torch.isfinite(statistic.value).all()) for statistic in statistics)
             if not finite or (not statistics and not bool(torch.isfinite(x.sum()))):
@@ -87,12 +104,7 @@ class Recorder:
 
     def tokens(self, site: Site) -> int:
         """How many tokens reached the site; 0 for an expert that none was sent to."""
-        key = self.input_of.get(operand_of(site))
-        return (
-            0
-            if key is None
-            else max((s.tokens for (owner, _), s in self.statistics.items() if owner == key), default=1)
-        )
+        return self._tokens.get(self.input_of.get(operand_of(site), operand_of(site)), 0)
 
     def own(self, site: Site) -> dict[str, torch.Tensor]:
         """The values measured for the site's input."""

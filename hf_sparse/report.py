@@ -77,6 +77,11 @@ class Report:
         return [site for block in self.blocks for site in block.sites]
 
     @property
+    def pruned_blocks(self) -> list[BlockReport]:
+        """The blocks with targeted sites; the others only count in `block_sparsity`."""
+        return [block for block in self.blocks if block.size]
+
+    @property
     def zeros(self) -> int:
         return sum(block.zeros for block in self.blocks)
 
@@ -221,12 +226,12 @@ def _lines(report: Report) -> Iterable[str]:
     config = report.config
     yield (
         f"{report.model_class}: {config['pattern']} with {config['metric']}, "
-        f"{len(report.sites)} sites in {len(report.blocks)} blocks, "
+        f"{len(report.sites)} sites in {len(report.pruned_blocks)} blocks, "
         f"{percent(report.sparsity)} zeros in the sites, {percent(report.block_sparsity)} in all block weights"
     )
-    width = max([len(block.name) for block in report.blocks], default=5)
+    width = max([len(block.name) for block in report.pruned_blocks], default=5)
     yield f"{'block':<{width}}  {'sites':>5}  {'sparsity':>9}  {'output error':>12}  {'seconds':>8}  axis, metric"
-    for block in report.blocks:
+    for block in report.pruned_blocks:
         how = f"{_counted(site.axis for site in block.sites)}; {_counted(site.metric for site in block.sites)}"
         error = "not measured" if block.output_error is None else f"{block.output_error:.4f}"
         counted = f"{len(block.sites):>5}  {percent(block.sparsity):>9}"

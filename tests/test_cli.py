@@ -60,7 +60,7 @@ def test_prune_writes_a_folder_that_loads_and_tells_what_was_done(
     assert report.config == SparsityConfig(
         pattern="4:8", metric="dass", calibration=str(tmp_path / "calibration.txt"), num_samples=4, sequence_length=32,
         options={"dass": {"exponent": 0.75}}, exclude=("*.layers.0.*",), batch_size=2,
-    ).to_dict()  # fmt: skip
+    ).resolved().to_dict()  # fmt: skip
     assert report.evaluations[0]["dense"] != report.evaluations[0]["sparse"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {

@@ -70,7 +70,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"options": {"wanda": {"exponent": 0.5}}}, ("'exponent'", "'wanda'")),
     ({"options": {"none": {"rounds": 1}}}, ("'rounds'", "'none'")),
     ({"options": {"uniform": {"step": 1}}}, ("'step'", "'uniform'")),
-    *(({"options": {"dass": {"exponent": value}}}, (f"dass.exponent={value!r}", "finite number")) for value in
+    *(({"options": {"dass": {"exponent": value}}}, (f"dass.exponent={value!r}", "number from 0")) for value in
       (NAN, INF, "0.5", True, None, -0.5)),
     ({"options": {"unstructured": {"rounding": "up"}}}, ("'up'", "'exact'", "'truncate'")),
     ({"options": {"unstructured": {"round": "exact"}}}, ("'round'", "Did you mean 'rounding'?")),

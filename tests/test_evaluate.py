@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig
 
 from hf_sparse import prune_
-from hf_sparse.errors import CalibrationError, ConfigError
+from hf_sparse.errors import CalibrationError, ConfigError, ModelError
 from hf_sparse.evaluate import evaluate
 
 STREAM = token_rows(1, 300)[0]
@@ -85,6 +85,8 @@ BAD: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (STREAM, {"window": 16, "stride": 17}, ConfigError, "stride=17"),
     (STREAM, {"window": 16, "stride": 0}, ConfigError, "stride=0"),
     ([], {}, CalibrationError, "empty"),
+    (STREAM, {"window": 16, "max_windows": -1}, ConfigError, "max_windows=-1"),
+    (token_rows(8, 16), {"window": 16, "stride": 4}, ConfigError, "stride=4"),
     (STREAM[:5], {"window": 16}, CalibrationError, "empty|longer|window"),
 ]
 
@@ -104,7 +106,32 @@ def test_the_text_that_was_calibrated_on_is_refused_unless_told() -> None:
     model = llama()
     rows = token_rows(8, 16)
     prune_(model, {"metric": "wanda", "calibration": rows, "num_samples": 8})
-    with pytest.raises(CalibrationError, match="calibrated on this very text"):
+    with pytest.raises(CalibrationError, match="calibrated on 8 of the texts"):
         evaluate(model, rows, window=16)
     assert evaluate(model, rows, window=16, same_text_allowed=True).value > 1
     assert evaluate(model, token_rows(8, 16, seed=1), window=16).value > 1
+
+
+def test_the_same_text_is_found_however_it_is_cut() -> None:
+    model = llama()
+    prune_(model, {"metric": "wanda", "calibration": [text(600)], "num_samples": 4, "sequence_length": 32}, tokenizer())
+    with pytest.raises(CalibrationError, match="calibrated on 1 of the texts"):
+        evaluate(model, [text(20), text(600)], tokenizer=tokenizer(), window=16)
+    assert evaluate(model, [text(500)], tokenizer=tokenizer(), window=16).value > 1
+
+
+def test_a_figure_of_the_models_own_loss_does_not_depend_on_the_batches() -> None:
+    rows = [{"input_ids": row[None, :8], "labels": row[None, : 3 + 2 * i]} for i, row in enumerate(token_rows(3, 8))]
+    model = t5()
+    found = evaluate(model, rows)
+    with torch.no_grad():
+        losses = [model(**row).loss.item() * row["labels"].numel() for row in rows]
+    assert found.tokens == sum(row["labels"].numel() for row in rows)
+    assert found.value == pytest.approx(sum(losses) / found.tokens, rel=1e-5)
+
+
+def test_a_broken_model_gives_no_figure() -> None:
+    model = llama()
+    model.model.embed_tokens.weight.data[:] = float("nan")
+    with pytest.raises(ModelError, match="nan"):
+        evaluate(model, STREAM, window=16)

@@ -233,7 +233,7 @@ def test_saved_models_reload_bit_equal(make: Any, dtype: torch.dtype, shard: str
     report = hf_sparse.report(again)
     assert report is not None
     assert report.to_dict() == hf_sparse.report(model).to_dict()
-    assert again.config.hf_sparse["config"] == SparsityConfig(metric="magnitude", pattern="1:4").to_dict()
+    assert again.config.hf_sparse["config"] == SparsityConfig(metric="magnitude", pattern="1:4").resolved().to_dict()
     assert again.config.hf_sparse["totals"]["sparsity"] == 0.75
 
 
@@ -292,21 +292,120 @@ def test_a_persons_readme_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_a_save_that_breaks_off_over_an_old_model_leaves_nothing_that_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("limit", ["5GB", "20KB"])
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_a_save_that_breaks_off_brings_the_old_model_back(
+    limit: str, fails_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama(layers=1).save_pretrained(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
     model = llama(layers=1)
     hf_sparse.prune_(model, MAGNITUDE)
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    _full_disk(monkeypatch, fails_at if limit == "20KB" else 1)
     with pytest.raises(OSError, match="No space"):
-        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path, max_shard_size=limit)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert equal(again, llama(layers=1))
+    assert not hf_sparse.is_sparse(again)
+    assert set(before) <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_save_that_breaks_off_in_a_new_folder_leaves_nothing_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    hf_sparse.prune_(model, MAGNITUDE)
+    _full_disk(monkeypatch, 2)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained(tmp_path, max_shard_size="20KB")
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_killed_while_saving_over_an_old_model_nothing_loads_and_nothing_is_lost(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    code = f"""
+import os, signal, sys, transformers.modeling_utils as m
+sys.path.insert(0, "tests")
+from models import llama
+import hf_sparse
+model = llama()
+hf_sparse.prune_(model, {{"metric": "magnitude"}})
+m.safe_save_file = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+model.save_pretrained({str(tmp_path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr
     with pytest.raises(OSError, match=r"model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (tmp_path / ".hf_sparse_old-model.safetensors").is_file()
+
+
+def _full_disk(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    import transformers.modeling_utils as saving
+
+    original, calls = saving.safe_save_file, []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) >= at:
+            raise OSError(28, "No space left on device")
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(saving, "safe_save_file", full)
+
+
+def test_saving_touches_no_other_files(tmp_path: Path) -> None:
+    model = llama()
+    hf_sparse.prune_(model, MAGNITUDE)
+    model.save_pretrained(tmp_path)
+    for name in ("model_ema.safetensors", "model-backup.safetensors", "models.safetensors"):
+        (tmp_path / name).write_text("mine")
+    model.save_pretrained(tmp_path, variant="fp16")
+    assert equal(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    with pytest.raises(ValueError, match="bogus"):
+        model.save_pretrained(tmp_path, max_shard_size="bogus")
+    assert equal(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    assert {"model_ema.safetensors", "model-backup.safetensors", "models.safetensors"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+
+
+def test_saving_an_adapter_beside_the_model_keeps_the_model(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = llama()
+    hf_sparse.prune_(model, MAGNITUDE)
+    model.save_pretrained(tmp_path)
+    adapted = AutoModelForCausalLM.from_pretrained(tmp_path)
+    adapted.add_adapter(LoraConfig(target_modules=["q_proj"], r=2))
+    adapted.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).unlink()
+    assert equal(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_a_given_state_dict_is_what_is_counted(tmp_path: Path) -> None:
+    model = llama()
+    hf_sparse.prune_(model, MAGNITUDE)
+    model.save_pretrained(tmp_path, state_dict=llama().state_dict())
+    assert json.loads((tmp_path / "config.json").read_text())["hf_sparse"]["totals"]["zeros"] == 0
+
+
+def test_a_model_made_from_the_config_of_a_sparse_one_is_not_sparse() -> None:
+    model = llama()
+    hf_sparse.prune_(model, MAGNITUDE)
+    assert not hf_sparse.is_sparse(AutoModelForCausalLM.from_config(model.config))
+
+
+def test_masks_without_the_report_are_those_of_the_targets(tmp_path: Path) -> None:
+    model = llama()
+    hf_sparse.prune_(model, {**MAGNITUDE, "targets": "mlp"})
+    model.save_pretrained(tmp_path)
+    (tmp_path / "hf_sparse_report.json").unlink()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(hf_sparse.masks(again)) == set(hf_sparse.masks(model))
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", '{"blocks": 3}'])

@@ -24,7 +24,7 @@ def test_pruned_to_the_pattern_by_dass(family: str) -> None:
         assert bool(((rows[:, :whole] != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all()), entry.name
         assert entry.metric in ("dass", "wanda", "magnitude")
         assert entry.metric == "dass" or entry.note, f"{entry.name} fell back without a word"
-    assert all(block.output_error is not None and block.output_error >= 0 for block in found.blocks)
+    assert all(block.output_error is not None and block.output_error >= 0 for block in found.pruned_blocks)
     with torch.no_grad():
         model(**inputs)
 

@@ -1,5 +1,6 @@
 """What to prune and how."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -138,9 +139,9 @@ class SparsityConfig(Serialisable):
         for entry in METRICS:
             for key, value in self.options_of(entry.name).items():
                 # Infinite or, with a negative exponent, undefined scores would have no order.
-                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e6:
                     raise ConfigError(
-                        f"option {entry.name}.{key}={value!r} is not allowed; give a finite number of at least 0."
+                        f"option {entry.name}.{key}={value!r} is not allowed; give a number from 0 to 1e6."
                     )
 
     def options_of(self, name: str) -> dict[str, Any]:
@@ -164,6 +165,13 @@ class SparsityConfig(Serialisable):
                 f"metric {entry.name!r} looks at activations and needs calibration=... (texts, token ids, a data set "
                 'or a path); or use metric="magnitude", which needs none.'
             )
+
+    def resolved(self) -> "SparsityConfig":
+        """The same with the options in use and the sparsity filled in, so that other defaults never change its meaning."""
+        used = (self.metric, self.allocation, *self.update, *_OPTION_GROUPS)
+        filled = {name: self.options_of(name) for name in used if isinstance(name, str)}
+        options = {name: given for name, given in {**self.options, **filled}.items() if given}
+        return dataclasses.replace(self, options=options, sparsity=self.target)
 
     @property
     def target(self) -> float:

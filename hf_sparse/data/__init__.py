@@ -10,7 +10,7 @@ import torch
 
 from hf_sparse.data.rows import Sample, Stream, rows_of, shortened
 from hf_sparse.data.sources import open_source
-from hf_sparse.data.text import chat_row, kind_of, text_ids, windows
+from hf_sparse.data.text import chat_row, hashed, kind_of, text_ids, windows
 from hf_sparse.errors import CalibrationError
 
 __all__ = ["Batch", "Limits", "Sample", "Samples", "batches", "fingerprint", "read_samples", "tokens_of"]
@@ -24,6 +24,8 @@ class Samples:
     source: str
     fingerprint: str
     tokens: int
+    kind: str = "rows"  # "text", "chat", "stream" or "rows"
+    items: tuple[str, ...] = ()  # a hash of every text or row that was read, to tell whether two sources overlap
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def read_samples(
     name, items = open_source(source)
     first, items = _peek(items, name)
     kind = kind_of(first, name)
+    hashes: list[str] = []
     if kind == "text":
+        items = hashed(items, hashes)
         ids = text_ids(items, tokenizer(), length, wanted, name)
         rows = windows(ids, length, stride, wanted, seed)
     elif kind == "stream":
@@ -75,7 +79,9 @@ def read_samples(
         raise CalibrationError(_too_few(name, kind, len(rows), wanted or 1, length))
     for number, row in enumerate(rows):
         _check(row, number, limits)
-    return Samples(rows, name, fingerprint(rows), sum(tokens_of(row) for row in rows))
+    if kind != "text":
+        hashes = [fingerprint([row]) for row in rows]
+    return Samples(rows, name, fingerprint(rows), sum(tokens_of(row) for row in rows), kind, tuple(hashes))
 
 
 def fingerprint(rows: Iterable[Sample]) -> str:

@@ -1,7 +1,8 @@
 """Texts and chats become windows and rows of token ids."""
 
+import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -15,6 +16,7 @@ _CHAT_COLUMNS, _TEXT_COLUMNS = ("messages", "conversations", "chat"), ("text", "
 _ROLES = {"human": "user", "gpt": "assistant"}  # what ShareGPT files call them
 # Text is read until there is this many times the windows asked for, so that a seed has something to choose from.
 _CHOICE = 4
+_TELLING = 64  # characters
 
 
 def kind_of(item: Any, name: str) -> str:
@@ -71,6 +73,15 @@ def chat_row(item: Any, tokenizer: Any, length: int, name: str) -> Sample:
             f"{name}: the tokenizer's chat template refused a conversation ({why}); give texts instead."
         ) from error
     return {"input_ids": torch.tensor([encoded[:length]], dtype=torch.long)}
+
+
+def hashed(items: Iterable[Any], hashes: list[str]) -> Iterator[Any]:
+    """The items as they are; `hashes` gets one for each text long enough to be told from others by chance."""
+    for item in items:
+        text = item if isinstance(item, str) else _column(item, _TEXT_COLUMNS)
+        if isinstance(text, str) and len(text) >= _TELLING:
+            hashes.append(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16])
+        yield item
 
 
 def text_ids(items: Iterable[Any], tokenizer: Any, length: int, wanted: int | None, name: str) -> torch.Tensor:

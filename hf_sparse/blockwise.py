@@ -1,0 +1,159 @@
+"""Goes through the blocks: run and measure, prune, run again, hand on."""
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from hf_sparse.apply import BlockPlan, prune_block
+from hf_sparse.blocks import Block
+from hf_sparse.calibrate import Survey, forward
+from hf_sparse.config import SparsityConfig
+from hf_sparse.data import Batch
+from hf_sparse.errors import CalibrationError, ModelError
+from hf_sparse.families import Inventory
+from hf_sparse.forwards import Call, main_tensor, norm, walk
+from hf_sparse.observe import operand_of
+from hf_sparse.plan import SitePlan, needs, plan_site
+from hf_sparse.record import ERROR_SAMPLE, Recorder
+from hf_sparse.report import BlockReport, SiteReport
+from hf_sparse.sites import Site
+
+
+@dataclass
+class Run:
+    """What the steps hand on to each other during one call of `prune_`."""
+
+    model: nn.Module
+    config: SparsityConfig
+    inventory: Inventory
+    chosen: dict[int, list[Site]]
+    shares: dict[str, float]
+    survey: Survey = field(default_factory=Survey)
+    notes: list[str] = field(default_factory=list)
+    done: dict[int, BlockReport] = field(default_factory=dict)
+    changed: list[int] = field(default_factory=list)  # blocks whose weights were touched
+    batch_size: int | None = None
+
+    def plan(self, block: Block) -> BlockPlan:
+        sites = {site.name: site for site in self.inventory.sites[block.index]}
+        return BlockPlan(block, self.plans(block), sites)
+
+    def prune(self, block: Block, recorder: Recorder | None) -> list[SiteReport]:
+        self.changed.append(block.index)
+        return prune_block(self.model, self.config, self.plan(block), recorder)
+
+    def plans(self, block: Block) -> list[SitePlan]:
+        feeds = self.survey.feeds.get(block.index, [])
+        return [
+            plan_site(site, self.config, feeds, self.shares[site.name], self.survey.unresolved)
+            for site in self.chosen.get(block.index, [])
+        ]
+
+
+def _progress(run: Run) -> Any:
+    return transformers_logging.tqdm(total=len(run.chosen), desc="Pruning", unit="block")
+
+
+def without_data(run: Run, blocks: Sequence[Block]) -> None:
+    """Prune blocks by what their weights alone tell."""
+    with _progress(run) as bar:
+        for block in blocks:
+            start = time.monotonic()
+            with block.loaded(run.config.device):
+                sites = run.prune(block, None)
+                block.commit()
+            _finish(run, block, sites, None, time.monotonic() - start)
+            bar.update()
+
+
+def with_data(run: Run, batches: list[Batch]) -> None:
+    """Block by block: run all batches dense and measure, prune, run them again; the next block gets what comes out."""
+    recorders: dict[int, Recorder] = {}
+    calls_left = {index: run.survey.expected(index, batches) for index in run.chosen}
+    passes = [forward(run.model, batch.values) for batch in batches]
+    with _progress(run) as bar, closing(walk(run.inventory.blocks, passes, run.survey.order())) as turns:
+        for calls in turns:
+            block = calls[0].block
+            index = block.index
+            if index not in run.chosen or index in run.done:
+                _run_only(run, block, calls)
+                continue
+            start = time.monotonic()
+            calls_left[index] -= len(calls)
+            with block.loaded(run.config.device):
+                recorder = recorders.setdefault(index, _recorder(run, block, len(batches)))
+                dense = [_dense_pass(run, block, call, recorder, batches[call.batch]) for call in calls]
+                # A block that runs several times a pass (ALBERT) is pruned at its last run, with the statistics of all.
+                if calls_left[index] <= 0:
+                    sites = run.prune(block, recorder)
+                    block.commit()
+                    del recorders[index]
+                    error = _sparse_pass(run, calls, dense)
+                    _finish(run, block, sites, error, time.monotonic() - start)
+                    bar.update()
+            del dense, calls
+            if len(run.done) == len(run.chosen):
+                break
+    left = [block for block in run.inventory.blocks if block.index in run.chosen and block.index not in run.done]
+    if left and any(plan.metric.needs or plan.metric.consumer_needs for block in left for plan in run.plans(block)):
+        raise CalibrationError(
+            f"{left[0].name} ran less often than on a sample before, so how often it runs depends on the data; "
+            f"that cannot be calibrated. Leave it out with exclude=({left[0].name + '.*'!r},)."
+        )
+    if left:  # a metric that looks at no data prunes them all the same
+        without_data(run, left)
+
+
+def _recorder(run: Run, block: Block, batches: int) -> Recorder:
+    sites = run.inventory.sites[block.index]
+    wanted = needs(run.plans(block), {site.name: site for site in sites})
+    return Recorder(sites, wanted, -(-ERROR_SAMPLE // batches))
+
+
+def _run_only(run: Run, block: Block, calls: list[Call]) -> None:
+    with block.loaded(run.config.device):
+        for call in calls:
+            call.output = call(run.config.device)
+
+
+def _dense_pass(run: Run, block: Block, call: Call, recorder: Recorder, batch: Batch) -> torch.Tensor | None:
+    """Run one call with the recorder listening; the output stands until the sparse pass replaces it."""
+    versions = [tensor._version for tensor in call.tensors()]
+    with recorder.observe(run.model, run.inventory.sites[block.index]):
+        call.output = call(run.config.device)
+    if versions != [tensor._version for tensor in call.tensors()]:
+        raise ModelError(
+            f"{block.name} writes into its own input, so it cannot be run twice on it; this model cannot be calibrated. "
+            'metric="magnitude" without calibration prunes it.'
+        )
+    recorder.end_call(batch, {operand_of(site): site.name for site in run.inventory.sites[block.index]})
+    return main_tensor(call.output)
+
+
+def _sparse_pass(run: Run, calls: list[Call], dense: list[torch.Tensor | None]) -> float | None:
+    """Run all calls again; returns ||sparse - dense|| / ||dense|| of the hidden states over all tokens."""
+    difference = total = 0.0
+    for position, call in enumerate(calls):
+        before, dense[position] = dense[position], None
+        call.output = None
+        call.output = call(run.config.device)
+        after = main_tensor(call.output)
+        if before is None or after is None:
+            continue  # a block without hidden states among its outputs has no error to tell
+        difference += norm(after - before) ** 2
+        total += norm(before) ** 2
+    return (difference / total) ** 0.5 if total else None
+
+
+def _finish(run: Run, block: Block, sites: list[SiteReport], error: float | None, seconds: float) -> None:
+    run.done[block.index] = BlockReport(
+        index=block.index, name=block.name, stack=block.stack, zeros=sum(site.zeros for site in sites),
+        size=sum(site.size for site in run.chosen[block.index]), all_matrices=0,
+        output_error=error, seconds=seconds, sites=sites,
+    )  # fmt: skip

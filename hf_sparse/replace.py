@@ -1,0 +1,48 @@
+"""Replaces a model's files in a folder so that a save that breaks off neither loads as something it is not nor loses the old model."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_ASIDE = ".hf_sparse_old-"
+
+
+def _written(name: str, variant: str | None) -> bool:
+    """Whether a file is one that saving weights of this variant writes: whole, in shards, or their index."""
+    dot = f".{re.escape(variant)}" if variant else ""
+    weights = "(pytorch_)?model"
+    shapes = (
+        rf"{weights}{dot}\.(safetensors|bin)",
+        rf"{weights}{dot}-\d+-of-\d+\.(safetensors|bin)",
+        rf"{weights}\.(safetensors|bin)\.index{dot}\.json",
+    )
+    return name == "config.json" or any(re.fullmatch(shape, name) for shape in shapes)
+
+
+@contextmanager
+def old_weights_aside(folder: Path, variant: str | None) -> Iterator[None]:
+    """Inside, the weights and the config of an older save stand under other names; they come back if the block fails.
+
+    With several processes nothing is moved, as another one may be writing already.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        yield
+        return
+    moved = [file for file in folder.iterdir() if file.is_file() and _written(file.name, variant)]
+    for file in moved:
+        file.rename(folder / (_ASIDE + file.name))
+    try:
+        yield
+    except BaseException:
+        for file in folder.iterdir():
+            if file.is_file() and _written(file.name, variant):
+                file.unlink()
+        for file in moved:
+            (folder / (_ASIDE + file.name)).rename(file)
+        raise
+    for file in moved:
+        (folder / (_ASIDE + file.name)).unlink()
