@@ -42,7 +42,9 @@ def limits_of(model: nn.Module) -> Limits:
     except (AttributeError, NotImplementedError):
         embeddings = None
     return Limits(
-        length if isinstance(length, int) and length > 0 else None, getattr(embeddings, "num_embeddings", None)
+        length if isinstance(length, int) and length > 0 else None,
+        getattr(embeddings, "num_embeddings", None),
+        bool(getattr(config, "is_encoder_decoder", False)),
     )
 
 

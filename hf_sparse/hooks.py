@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file
 
@@ -48,10 +48,32 @@ def _checked(value: Any, kwargs: dict[str, Any]) -> SparsityConfig:
     return config
 
 
-def _report_file(path: Any, kwargs: dict[str, Any]) -> Path | None:
+def _refuse_quantized(path: Any, kwargs: dict[str, Any]) -> None:
+    """A quantized checkpoint may need libraries to load at all; that it cannot be pruned is said before that."""
+    config = kwargs.get("config")
+    try:
+        values = (
+            config.to_dict()
+            if config is not None
+            else PreTrainedConfig.get_config_dict(path, **_hub_arguments(kwargs))[0]
+        )
+    except (OSError, ValueError, TypeError):
+        return  # the original says what is wrong with the path
+    if values.get("quantization_config"):
+        raise ConfigError(
+            f"{str(path)!r} is quantized, and quantized weights cannot be pruned: prune the model that it was made from, save, "
+            "then quantize."
+        )
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+
+def _report_file(path: Any, kwargs: dict[str, Any]) -> Path | None:
     found = cached_file(
-        str(path), REPORT_FILE, **{name: kwargs[name] for name in names if kwargs.get(name) is not None},
+        str(path), REPORT_FILE, **_hub_arguments(kwargs),
         _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
     return Path(found) if found else None
@@ -65,6 +87,8 @@ def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(cls, *args, **kwargs, **given)
         wanted = kwargs.pop(_FROM_AUTO, sparsity_config)
         config = None if wanted is None else _checked(wanted, kwargs)
+        if config is not None:
+            _refuse_quantized(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
         result = original(cls, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         path = args[0] if args else kwargs.get("pretrained_model_name_or_path")

@@ -1,8 +1,10 @@
 """Prunes a model in place: the order of the steps, nothing else."""
 
+import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from hf_sparse.registry import METRICS
 from hf_sparse.report import BlockReport, Report
 from hf_sparse.sites import plain_name, read
 
+_LOCK = threading.Lock()
+_BUSY: set[int] = set()  # models that some thread prunes now
 _ITEMS_KEPT = 4096  # hashes of calibration texts in a report
 
 
@@ -47,7 +51,37 @@ def prune_(
     config.check_calibration()
     outer, model = model, checkpoint.unwrap(model)
     checkpoint.check_prunable(model)
-    _check_device(config.device, model)
+    with _alone(model):
+        return _prune(outer, model, config, tokenizer, tokenizer_options, start)
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Two prunings of one model at a time would undo each other."""
+    with _LOCK:
+        if id(model) in _BUSY:
+            raise ModelError("this model is being pruned by another thread; wait until that is done.")
+        _BUSY.add(id(model))
+    try:
+        yield
+    finally:
+        _BUSY.discard(id(model))
+
+
+def _prune(
+    outer: nn.Module,
+    model: nn.Module,
+    config: SparsityConfig,
+    tokenizer: Any,
+    tokenizer_options: Mapping[str, Any] | None,
+    start: float,
+) -> Report:
+    if config.device is not None:
+        check_device(config.device)
+        if any(hasattr(module, "_hf_hook") for module in model.modules()):
+            raise ConfigError(
+                "device=... cannot be used with a model that device_map placed; leave one of the two out."
+            )
     inventory = find_sites(model)
     chosen, left = select(inventory, config)
     run = Run(model, config, inventory, chosen, shares(inventory, chosen, config))
@@ -66,19 +100,16 @@ def prune_(
 # ---------------------------------------------------------------------------------------------------- before anything changes
 
 
-def _check_device(device: str | None, model: nn.Module) -> None:
-    if device is None:
-        return
+def check_device(device: str) -> None:
+    """Raises ConfigError for a device that cannot compute here."""
     if device.startswith("meta"):
         raise ConfigError('device="meta" computes nothing; give an accelerator such as "cuda:0", or leave it out.')
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            f"device={device!r} cannot be used here ({str(error).splitlines()[0]}); leave it out to compute where the model is."
+            f"device={device!r} cannot be used here ({_first_line(error)}); leave it out to compute where the model is."
         ) from error
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ConfigError("device=... cannot be used with a model that device_map placed; leave one of the two out.")
 
 
 def _scan(run: Run) -> list[str]:

@@ -195,7 +195,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is dict:
         return isinstance(value, dict) and all(isinstance(key, str) and _fits(value[key], inner[1]) for key in value)
     if hint is float:
-        return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < math.inf
+        return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e300
     if hint is int:
         return not isinstance(value, bool) and isinstance(value, int) and abs(value) < 2**63
     return hint is Any or isinstance(value, hint)

@@ -31,6 +31,12 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
+def old_model(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "old").write_text("old")
+
+
 def run(*words: object) -> int:
     return main([str(word) for word in words])
 
@@ -159,8 +165,7 @@ def test_the_same_text_for_both_is_refused_unless_told(
 def test_a_non_empty_destination_is_refused_without_overwrite(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    old_model(tmp_path / "out")
     assert run("prune", saved, tmp_path / "out", "--metric", "magnitude") == 1
     assert "--overwrite" in capsys.readouterr().err
     assert run("prune", saved, tmp_path / "out", "--metric", "magnitude", "--overwrite") == 0
@@ -171,8 +176,7 @@ def test_a_non_empty_destination_is_refused_without_overwrite(
 def test_a_full_disk_keeps_the_old_destination(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    old_model(tmp_path / "out")
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -180,14 +184,13 @@ def test_a_full_disk_keeps_the_old_destination(
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
     assert run("prune", saved, tmp_path / "out", "--metric", "magnitude", "--overwrite") == 1
     assert "No space" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "old"]
     assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_rename_that_fails_brings_the_old_destination_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     destination = tmp_path / "out"
-    destination.mkdir()
-    (destination / "old").write_text("old")
+    old_model(destination)
     original = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
@@ -198,12 +201,11 @@ def test_a_rename_that_fails_brings_the_old_destination_back(tmp_path: Path, mon
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(OSError, match="Input/output"), complete_folder(destination, overwrite=True) as folder:
         (folder / "new").write_text("new")
-    assert [path.name for path in destination.iterdir()] == ["old"]
+    assert sorted(path.name for path in destination.iterdir()) == ["config.json", "old"]
 
 
 def test_killed_while_saving_leaves_the_old_destination_and_nothing_that_loads(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
+    old_model(tmp_path / "out")
     code = f"""
 import os, signal, transformers.modeling_utils as m
 def killed(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
@@ -213,10 +215,71 @@ main(["prune", {str(saved)!r}, {str(tmp_path / "out")!r}, "--metric", "magnitude
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "old"]
     for left in tmp_path.glob(".out*"):
         with pytest.raises((OSError, ValueError)):
             AutoModelForCausalLM.from_pretrained(left)
+
+
+def test_overwrite_never_takes_something_else_with_it(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "dense")
+    monkeypatch.chdir(tmp_path / "photos")
+    for destination, words in {
+        tmp_path: "would be lost",  # holds the source
+        tmp_path / "photos": "holds no model",
+        Path("."): "holds no model",
+        tmp_path / "link": "is a link",
+        tmp_path / "calibration.txt": "is a file",
+        tmp_path / "calibration.txt" / "inner": "cannot be made",
+    }.items():
+        assert run("prune", saved, destination, "--metric", "magnitude", "--overwrite") == 1
+        assert words in capsys.readouterr().err, destination
+    assert (tmp_path / "photos" / "one").read_text() == "mine"
+    assert (saved / "model.safetensors").is_file()
+
+
+def test_what_a_kill_before_the_last_rename_leaves_does_not_load(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    original = Path.rename
+    monkeypatch.setattr(Path, "rename", killed)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+    assert run("prune", saved, tmp_path / "out", "--metric", "magnitude") == 130
+    left = list(tmp_path.glob(".out.partial-*"))
+    assert len(left) == 1
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(left[0])
+
+
+@pytest.mark.parametrize("spoil", ["cut", "shapes", "config", "nested"])
+def test_a_damaged_model_is_one_line(
+    spoil: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    if spoil == "cut":
+        (saved / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-100])
+    elif spoil == "nested":
+        (saved / "config.json").write_text("[" * 100000)
+    else:
+        changed = {"hidden_size": 64} if spoil == "shapes" else {"num_hidden_layers": "two"}
+        (saved / "config.json").write_text(json.dumps({**config, **changed}))
+    capsys.readouterr()
+    assert run("prune", saved, tmp_path / "out", "--metric", "magnitude", "--json") == 1
+    captured = capsys.readouterr()
+    assert set(json.loads(captured.out)) == {"error", "kind"}
+    assert captured.err.splitlines()[-1].startswith("hf-sparse prune: error: ")
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------ the other commands
@@ -238,7 +301,7 @@ def test_inspect_counts_from_the_files_and_compares_with_the_claim(
     capsys.readouterr()
     assert run("inspect", tmp_path / "out") == 0
     out = capsys.readouterr().out
-    assert "equal" in out
+    assert "they agree" in out
     assert "model.layers.1.mlp.down_proj.weight" in out
     assert run("inspect", tmp_path / "out", "--json") == 0
     found = printed(capsys)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,13 +38,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; errors of the user's making are one line on stderr and exit code 1."""
-    arguments = _parser().parse_args(words)
     try:
-        arguments.run(arguments)
-    except HfSparseError as error:
-        return _failed(arguments, error)
-    except OSError as error:  # a missing model or file, a full disk
-        return _failed(arguments, error)
+        arguments = _parser().parse_args(words)  # imports torch and Transformers, which takes seconds
+        try:
+            arguments.run(arguments)
+        except HfSparseError as error:
+            return _failed(arguments, error)
+        except Exception as error:  # a missing or damaged model, a full disk: every library has errors of its own
+            if os.environ.get("HF_SPARSE_TRACEBACK"):
+                raise
+            return _failed(arguments, error)
     except KeyboardInterrupt:
         print("interrupted; nothing was written to the destination.", file=sys.stderr)
         return INTERRUPTED
@@ -51,7 +55,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _failed(arguments: argparse.Namespace, error: Exception) -> int:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
+    if not isinstance(error, HfSparseError | OSError):
+        lines[0] = f"{type(error).__name__}: {lines[0]} (HF_SPARSE_TRACEBACK=1 shows where)"
     if arguments.json:
         print(json.dumps({"error": lines[0], "kind": type(error).__name__}))
     print(f"hf-sparse {arguments.command}: error: {lines[0]}", file=sys.stderr)

@@ -5,6 +5,7 @@ import json
 
 from hf_sparse.cli.loading import add_loading, load_model, load_processor, model_name
 from hf_sparse.evaluate import evaluate
+from hf_sparse.prune import check_device
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     model = load_model(arguments)
     if arguments.device is not None:
+        check_device(arguments.device)
         model = model.to(arguments.device)
     found = evaluate(
         model, arguments.text, tokenizer=load_processor(arguments), window=arguments.window, stride=arguments.stride,

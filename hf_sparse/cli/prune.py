@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,22 @@ def options(words: list[str]) -> dict[str, dict[str, Any]]:
         name, dot, key = path.partition(".")
         if not (equals and dot and name and key):
             raise ConfigError(f"option {word!r} cannot be read; write NAME.KEY=VALUE, such as dass.exponent=0.5.")
-        found.setdefault(name, {})[key] = yaml.safe_load(value)
+        try:
+            found.setdefault(name, {})[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"option {word!r} has a value that cannot be read; write a number or a word.") from error
     return found
+
+
+def _file_fields(path: str) -> dict[str, Any]:
+    config = SparsityConfig.from_pretrained(path)
+    # Calibration texts that stand in the file itself have no name that to_dict could give.
+    return {**config.to_dict(), "calibration": config.calibration}
 
 
 def build_config(arguments: argparse.Namespace) -> SparsityConfig:
     """The file's fields with the command line's on top."""
-    values = SparsityConfig.from_pretrained(arguments.config).to_dict() if arguments.config else {}
+    values = _file_fields(arguments.config) if arguments.config else {}
     names = (
         "pattern",
         "sparsity",
@@ -88,7 +98,9 @@ def build_config(arguments: argparse.Namespace) -> SparsityConfig:
         one = arguments.targets[0] if len(arguments.targets) == 1 else None
         values["targets"] = one if one in ("all", "mlp", "attention") else arguments.targets
     if arguments.batch_size is not None:
-        values["batch_size"] = int(arguments.batch_size) if arguments.batch_size.isdigit() else arguments.batch_size
+        values["batch_size"] = (
+            int(arguments.batch_size) if re.fullmatch(r"[0-9]+", arguments.batch_size) else arguments.batch_size
+        )
     if arguments.option:
         merged = {name: dict(given) for name, given in values.get("options", {}).items()}
         for name, given in options(arguments.option).items():
@@ -107,7 +119,8 @@ def measured_pair(dense: Measurement, sparse: Measurement) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     config = build_config(arguments)
-    check_destination(arguments.destination, arguments.overwrite)
+    sources = [model_name(arguments), arguments.config, config.calibration, arguments.evaluate]
+    check_destination(arguments.destination, arguments.overwrite, [source for source in sources if source])
     if arguments.evaluate and arguments.evaluate == config.calibration and not arguments.allow_same_text:
         raise ConfigError(
             f"calibration and evaluation both name {arguments.evaluate!r}; measure on other text, or give --allow-same-text."

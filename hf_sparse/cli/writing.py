@@ -3,20 +3,44 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from hf_sparse.errors import CheckpointError
 
 
-def check_destination(destination: Path, overwrite: bool) -> None:
-    """Refuse a file or a non-empty folder; call it before the work, which may take hours."""
-    if destination.exists() and not destination.is_dir():
+def check_destination(destination: Path, overwrite: bool, sources: Sequence[str] = ()) -> None:
+    """Refuse a destination that cannot be written or would take something else with it; call it before hours of work.
+
+    `sources` are names that may be paths; a folder that holds one of them is never replaced.
+
+    Raises: CheckpointError.
+    """
+    place = destination.absolute()
+    if place.is_symlink():
+        raise CheckpointError(f"the destination {str(destination)!r} is a link; name the folder that it leads to.")
+    if place.exists() and not place.is_dir():
         raise CheckpointError(f"the destination {str(destination)!r} is a file; give a folder.")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+    if place.is_dir() and any(place.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"the destination {str(destination)!r} is not empty; give another folder, or --overwrite to replace it."
+            )
+        if not (place / "config.json").is_file():
+            raise CheckpointError(
+                f"the destination {str(destination)!r} holds no model (no config.json), so it is not replaced; give another folder."
+            )
+    for source in (*sources, "."):
+        inside = Path(source).exists() and place.resolve() in Path(source).resolve().parents
+        if inside or (source == "." and Path.cwd() == place.resolve()):
+            raise CheckpointError(
+                f"the destination {str(destination)!r} holds {source!r}, which would be lost; give another folder."
+            )
+    parent = next(folder for folder in place.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(
-            f"the destination {str(destination)!r} is not empty; give another folder, or --overwrite to replace it."
+            f"the destination {str(destination)!r} cannot be made in {str(parent)!r}; give another folder."
         )
 
 
@@ -38,11 +62,16 @@ def complete_folder(destination: Path, overwrite: bool = False) -> Iterator[Path
     An old destination stays untouched until then, and comes back should the last rename fail.
     """
     check_destination(destination, overwrite)
+    destination = destination.absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
     try:
         yield fresh
         fresh.chmod(0o777 & ~_umask())
+        # Should the process die before the last rename, what is left beside the destination does not load as a model.
+        hidden, config = fresh / ".config.json.partial", fresh / "config.json"
+        if config.exists():
+            config.rename(hidden)
         for path in sorted(fresh.rglob("*")):
             if path.is_file():
                 _sync(path)
@@ -52,6 +81,8 @@ def complete_folder(destination: Path, overwrite: bool = False) -> Iterator[Path
             destination.rename(old)
         try:
             fresh.rename(destination)
+            if (destination / hidden.name).exists():
+                (destination / hidden.name).rename(destination / "config.json")
         except OSError:
             if old.exists():
                 old.rename(destination)
