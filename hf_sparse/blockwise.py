@@ -18,7 +18,6 @@ from hf_sparse.data import Batch
 from hf_sparse.errors import CalibrationError, ModelError
 from hf_sparse.families import Inventory
 from hf_sparse.forwards import Call, main_tensor, norm, walk
-from hf_sparse.observe import operand_of
 from hf_sparse.plan import SitePlan, needs, plan_site
 from hf_sparse.record import ERROR_SAMPLE, Recorder
 from hf_sparse.report import BlockReport, SiteReport
@@ -125,14 +124,13 @@ def _run_only(run: Run, block: Block, calls: list[Call]) -> None:
 def _dense_pass(run: Run, block: Block, call: Call, recorder: Recorder, batch: Batch) -> torch.Tensor | None:
     """Run one call with the recorder listening; the output stands until the sparse pass replaces it."""
     versions = [tensor._version for tensor in call.tensors()]
-    with recorder.observe(run.model, run.inventory.sites[block.index]):
+    with recorder.listening(run.model, run.inventory.sites[block.index], batch):
         call.output = call(run.config.device)
     if versions != [tensor._version for tensor in call.tensors()]:
         raise ModelError(
             f"{block.name} writes into its own input, so it cannot be run twice on it; this model cannot be calibrated. "
             'metric="magnitude" without calibration prunes it.'
         )
-    recorder.end_call(batch, {operand_of(site): site.name for site in run.inventory.sites[block.index]})
     return main_tensor(call.output)
 
 

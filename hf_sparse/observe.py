@@ -96,10 +96,13 @@ class Observer(TorchFunctionMode):
             changed = self._seen(Operand(stored.module, stored.parameter, expert), x, product)
             return product if changed is None else changed
         x = x.expand(*product.shape[:-1], x.shape[-1])  # every expert may be given the same tokens
-        for expert in range(min(stored.experts, len(x))):  # all experts in one batched product
-            changed = self._seen(Operand(stored.module, stored.parameter, expert), x[expert], product[expert])
+        first = (weight.data_ptr() - stored.start) // stored.expert_bytes
+        for index in range(
+            min(stored.experts - first, len(x))
+        ):  # all experts, or a run of them, in one batched product
+            changed = self._seen(Operand(stored.module, stored.parameter, first + index), x[index], product[index])
             if changed is not None:
-                product = product.index_copy(0, torch.tensor([expert], device=product.device), changed[None])
+                product = product.index_copy(0, torch.tensor([index], device=product.device), changed[None])
         return product
 
     def __torch_function__(

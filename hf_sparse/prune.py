@@ -49,10 +49,10 @@ def prune_(
     start = time.monotonic()
     config = SparsityConfig.of(config)
     config.check_calibration()
-    outer, model = model, checkpoint.unwrap(model)
+    model = checkpoint.unwrap(model)
     checkpoint.check_prunable(model)
     with _alone(model):
-        return _prune(outer, model, config, tokenizer, tokenizer_options, start)
+        return _prune(model, config, tokenizer, tokenizer_options, start)
 
 
 @contextmanager
@@ -69,7 +69,6 @@ def _alone(model: nn.Module) -> Iterator[None]:
 
 
 def _prune(
-    outer: nn.Module,
     model: nn.Module,
     config: SparsityConfig,
     tokenizer: Any,
@@ -92,8 +91,6 @@ def _prune(
         _attempt(run, samples)
     report = _report(run, samples, left, time.monotonic() - start)
     checkpoint.attach(model, report)
-    if outer is not model:
-        checkpoint.attach_report(outer, report)
     return report
 
 

@@ -1,6 +1,7 @@
 """Records what enters the sites of a block while it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from hf_sparse.registry import STATISTICS
 from hf_sparse.sites import Site
 from hf_sparse.statistics import Statistic
 
+_HELD = 2  # inputs of a call that are still compared with those of later products
 ERROR_SAMPLE = 512  # tokens at most on which the output error of a site is measured
 
 
@@ -42,6 +44,8 @@ class Recorder:
         self._wanted = {operand_of(site) for site in sites}
         self._tokens: dict[Operand, int] = {}
         self._present: dict[Identity, _Present] = {}
+        self._batch = Batch({}, ())
+        self._names: dict[Operand, str] = {}
 
     def seen(self, operand: Operand, x: torch.Tensor, product: torch.Tensor) -> None:
         """The observer's callback."""
@@ -57,7 +61,10 @@ class Recorder:
             )
         flat = x.detach().reshape(-1, x.shape[-1])
         if present is None:
-            # Kept until the call ends, so that no other tensor takes its address.
+            # Held, so that no other tensor takes its address; but only the last few, or all would outlive their use in
+            # the block. Products that share an input stand close together.
+            while len(self._present) >= _HELD:
+                self._check(self._present.pop(next(iter(self._present))))
             present = self._present[identity] = _Present(key, x, set())
             self._count(key, operand, flat)
         # A later reader of the same input may need a statistic that the first one did not.
@@ -79,17 +86,26 @@ class Recorder:
             self.statistics[key, name] = STATISTICS[name].function(flat.shape[-1], flat.device)  # type: ignore[assignment]
         return self.statistics[key, name]
 
-    def end_call(self, batch: Batch, names: dict[Operand, str]) -> None:
-        """Forget the tensors of one call; refuse inputs that were not finite.
+    @contextmanager
+    def listening(self, model: nn.Module, sites: Sequence[Site], batch: Batch) -> Iterator[None]:
+        """Record one call of the block that runs inside.
 
-        Raises: CalibrationError that names the site and, where the input still shows it, the sample.
+        Raises: CalibrationError for inputs that are not finite; it names the site and, where it can be told, the sample.
         """
-        for key, x, _ in self._present.values():
-            statistics = [statistic for (owner, _), statistic in self.statistics.items() if owner == key]
-            finite = all(bool(torch.isfinite(statistic.value).all()) for statistic in statistics)
-            if not finite or (not statistics and not bool(torch.isfinite(x.sum()))):
-                raise CalibrationError(self._not_finite(key, x, batch, names))
+        self._batch = batch
+        self._names = {operand_of(site): site.name for site in sites}
+        with Observer(model, sites, self.seen):
+            yield
+        for present in self._present.values():
+            self._check(present)
         self._present.clear()
+
+    def _check(self, present: "_Present") -> None:
+        key, x, _ = present
+        statistics = [statistic for (owner, _), statistic in self.statistics.items() if owner == key]
+        finite = all(bool(torch.isfinite(statistic.value).all()) for statistic in statistics)
+        if not finite or (not statistics and not bool(torch.isfinite(x.sum()))):
+            raise CalibrationError(self._not_finite(key, x, self._batch, self._names))
 
     def _not_finite(self, key: Operand, x: torch.Tensor, batch: Batch, names: dict[Operand, str]) -> str:
         numbers = list(batch.numbers)
@@ -116,7 +132,3 @@ class Recorder:
         key = self.input_of.get(operand_of(site))
         kept = self.samples.get(key, []) if key is not None else []
         return torch.cat(kept)[:ERROR_SAMPLE] if kept else None
-
-    def observe(self, model: nn.Module, sites: Sequence[Site]) -> Observer:
-        """The context manager that feeds this recorder while a block runs."""
-        return Observer(model, sites, self.seen)

@@ -64,7 +64,10 @@ def chat_row(item: Any, tokenizer: Any, length: int, name: str) -> Sample:
     """One conversation through the tokenizer's chat template, cut at `length` tokens."""
     chat = chat_of(item)
     if chat is None:
-        raise CalibrationError(f"{name}: after chats came an item of type {type(item).__name__}; do not mix kinds.")
+        raise CalibrationError(
+            f"{name}: after chats came an item of type {type(item).__name__} without turns; do not mix kinds, and leave "
+            "empty ones out."
+        )
     try:
         encoded = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
     except Exception as error:  # templates raise what they like
@@ -89,10 +92,13 @@ def text_ids(items: Iterable[Any], tokenizer: Any, length: int, wanted: int | No
     budget = None if wanted is None else _CHOICE * wanted * length
     ids: list[int] = []
     mark = [tokenizer.bos_token_id] if getattr(tokenizer, "bos_token_id", None) is not None else []
-    for item in items:
+    for number, item in enumerate(items):
         text = item if isinstance(item, str) else _column(item, _TEXT_COLUMNS)
         if not isinstance(text, str):
-            raise CalibrationError(f"{name}: after texts came an item of type {type(item).__name__}; do not mix kinds.")
+            raise CalibrationError(
+                f"{name}: after texts came an item of type {type(item).__name__} without text (number {number}); do not mix "
+                "kinds, and leave empty ones out."
+            )
         if encoded := tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]:
             ids += [*mark, *encoded]
         if budget is not None and len(ids) >= budget:
