@@ -15,7 +15,7 @@ from hf_sparse.sites import Site
 from hf_sparse.statistics import Statistic
 
 _HELD = 2  # inputs of a call that are still compared with those of later products
-ERROR_SAMPLE = 512  # tokens at most on which the output error of a site is measured
+ERROR_SAMPLE = 256  # tokens at most on which the output error of a site is measured
 
 
 Identity = tuple[int, tuple[int, ...], int, tuple[int, ...], int]
@@ -128,7 +128,7 @@ class Recorder:
         return {name: statistic.value for (owner, name), statistic in self.statistics.items() if owner == key}
 
     def sample(self, site: Site) -> torch.Tensor | None:
-        """Some tokens of the site's input (at most 512), or None where none came."""
+        """Some tokens of the site's input (at most 256), or None where none came."""
         key = self.input_of.get(operand_of(site))
         kept = self.samples.get(key, []) if key is not None else []
         return torch.cat(kept)[:ERROR_SAMPLE] if kept else None

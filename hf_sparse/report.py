@@ -30,7 +30,7 @@ class SiteReport:
     metric: str  # the metric that was used, which may be the fall-back
     zeros: int  # counted after pruning
     sparsity: float
-    output_error: float | None = None  # on a sample of at most 512 tokens of the dense block's inputs
+    output_error: float | None = None  # on a sample of at most 256 tokens of the dense block's inputs
     tokens: int | None = None  # calibration tokens that reached the site
     note: str = ""  # why something else than the chosen metric or axis was used
 

@@ -7,6 +7,9 @@ import torch
 from hf_sparse.registry import STATISTICS
 
 
+_CHUNK = 256  # tokens
+
+
 class Statistic(Protocol):
     """Adds up inputs of shape (tokens, in); empty batches and empty partners are fine."""
 
@@ -36,7 +39,9 @@ class Norm:
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        self.squares += x.float().square().sum(0)
+        # Small chunks stay in the cache of a CPU, where the sum over tokens is bound by memory.
+        for chunk in x.split(_CHUNK) if x.device.type == "cpu" else (x,):
+            self.squares += chunk.float().square().sum(0)
         self.tokens += len(x)
 
     def merge(self, other: "Norm") -> None:
