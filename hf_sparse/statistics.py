@@ -6,7 +6,6 @@ import torch
 
 from hf_sparse.registry import STATISTICS
 
-
 _CHUNK = 256  # tokens
 
 
