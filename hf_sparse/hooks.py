@@ -162,7 +162,7 @@ def _write_card(model: Any, folder: Path) -> None:
         if find_spec("matplotlib") is not None:  # plots are an extra; the card says what there is
             picture = report.plot(folder / PICTURE_FILE).name
         write_card(folder, SparseModelCard.of_model(model, report, plot_name=picture))
-    except (HfSparseError, ValueError, TypeError, OverflowError, OSError) as error:
+    except (HfSparseError, LookupError, ValueError, TypeError, OverflowError, OSError) as error:
         # The weights must not be lost for the sake of a card, which a damaged report can spoil.
         warnings.warn(f"the model card was not written: {error}", stacklevel=4)
 

@@ -117,7 +117,7 @@ def _draw_sparsity(axes: "Axes", report: Report, colours: dict[str, str]) -> Non
         [block.index for block in report.pruned_blocks],
         heights,
         width=0.8,
-        color=[colours[b.stack] for b in report.blocks],
+        color=[colours[b.stack] for b in report.pruned_blocks],
     )
     axes.axhline(100 * report.sparsity, color=_INK, linewidth=1, linestyle="--")
     _remark(axes, f"dashed: all sites, {100 * report.sparsity:.2f} %")
