@@ -15,7 +15,7 @@ from hf_sparse.plan import SitePlan
 from hf_sparse.record import Recorder
 from hf_sparse.registry import METRICS, UPDATES
 from hf_sparse.report import SiteReport
-from hf_sparse.sites import Site, read, write_
+from hf_sparse.sites import Site, count_zeros, read, write_
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _prune_site(
     new = torch.where(mask, kept, 0) + 0.0
     error = _site_error(stored, new, recorder.sample(site) if recorder else None)
     write_(model, site, new)
-    zeros = new.numel() - int(torch.count_nonzero(new))
+    zeros = count_zeros(new)
     extra = zeros - (mask.numel() - int(mask.sum()))
     notes = [plan.note] if plan.note else []
     if extra:

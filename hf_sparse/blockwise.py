@@ -39,13 +39,10 @@ class Run:
     changed: list[int] = field(default_factory=list)  # blocks whose weights were touched
     batch_size: int | None = None
 
-    def plan(self, block: Block) -> BlockPlan:
-        sites = {site.name: site for site in self.inventory.sites[block.index]}
-        return BlockPlan(block, self.plans(block), sites)
-
     def prune(self, block: Block, recorder: Recorder | None) -> list[SiteReport]:
         self.changed.append(block.index)
-        return prune_block(self.model, self.config, self.plan(block), recorder)
+        sites = {site.name: site for site in self.inventory.sites[block.index]}
+        return prune_block(self.model, self.config, BlockPlan(block, self.plans(block), sites), recorder)
 
     def plans(self, block: Block) -> list[SitePlan]:
         feeds = self.survey.feeds.get(block.index, [])

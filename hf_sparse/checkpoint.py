@@ -13,7 +13,7 @@ from hf_sparse.errors import CheckpointError, HfSparseError, ModelError
 from hf_sparse.families import Inventory, find_sites
 from hf_sparse.plan import select
 from hf_sparse.report import Report
-from hf_sparse.sites import Site, read, view
+from hf_sparse.sites import Site, count_zeros, read, view
 
 CONFIG_KEY = "hf_sparse"
 FORMAT = 1
@@ -116,7 +116,7 @@ def count(model: nn.Module) -> dict[str, tuple[int, int]]:
         with block.loaded():
             for site in sites:
                 weight = read(unwrap(model), site)
-                found[site.name] = (weight.numel() - int(torch.count_nonzero(weight)), weight.numel())
+                found[site.name] = (count_zeros(weight), weight.numel())
     return found
 
 
@@ -192,7 +192,7 @@ def _counted_in(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dic
     for _, sites in _targeted(model):
         for site in sites:
             weight = view(state_dict[f"{site.module}.{site.parameter}"], site)
-            found[site.name] = (weight.numel() - int(torch.count_nonzero(weight)), weight.numel())
+            found[site.name] = (count_zeros(weight), weight.numel())
     return found
 
 

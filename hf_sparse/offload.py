@@ -67,8 +67,3 @@ def write_back(brought: Brought) -> None:
                 raise ModelError(
                     f"{key} is offloaded to a {type(weights).__name__}, which cannot be written; load the model without offloading."
                 )
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps any parameter of the module elsewhere."""
-    return next(_offloading_hooks(module), None) is not None

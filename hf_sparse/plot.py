@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_sparse.errors import HfSparseError
+from hf_sparse.replace import write_whole
 from hf_sparse.report import BlockReport, Report
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def plot_report(report: Report, path: Path) -> Path:
     _draw(figure, report)
     picture = io.BytesIO()
     figure.savefig(picture, format=kind, dpi=150)
-    _write(path, picture.getvalue())
+    write_whole(path, picture.getvalue())
     return path
 
 
@@ -50,17 +51,6 @@ def _new_figure() -> "Figure":
     figure = Figure(figsize=(9, 6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08), facecolor="white")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A file that is there is whole: written beside its place, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _draw(figure: "Figure", report: Report) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from hf_sparse import checkpoint, environment
-from hf_sparse.blocks import Block
 from hf_sparse.blockwise import Run, with_data, without_data
 from hf_sparse.calibrate import make_batches, read_calibration, ready, survey
 from hf_sparse.config import SparsityConfig
@@ -23,7 +22,7 @@ from hf_sparse.families import find_sites
 from hf_sparse.plan import select, shares
 from hf_sparse.registry import METRICS
 from hf_sparse.report import BlockReport, Report
-from hf_sparse.sites import plain_name, read
+from hf_sparse.sites import count_zeros, plain_name, read
 
 _LOCK = threading.Lock()
 _BUSY: set[int] = set()  # models that some thread prunes now
@@ -122,7 +121,7 @@ def _scan(run: Run) -> list[str]:
                     )
             for site in run.chosen.get(block.index, []):
                 weight = read(run.model, site)
-                zeros += weight.numel() - int(torch.count_nonzero(weight))
+                zeros += count_zeros(weight)
                 total += weight.numel()
     if zeros <= 0.01 * total:
         return []
@@ -207,7 +206,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _report(run: Run, samples: Samples | None, left: dict[str, str], seconds: float) -> Report:
-    blocks = _with_earlier(run, [_block_report(run, block) for block in run.inventory.blocks])
+    blocks = _with_earlier(run, _block_reports(run))
     reasons: dict[str, int] = {}
     for site in (site for report in run.done.values() for site in report.sites if site.note):
         reasons[site.note] = reasons.get(site.note, 0) + 1
@@ -226,18 +225,18 @@ def _report(run: Run, samples: Samples | None, left: dict[str, str], seconds: fl
     )  # fmt: skip
 
 
-def _block_report(run: Run, block: Block) -> BlockReport:
-    """What was done to a block; one without targeted sites counts with its size, so that shares of the whole are true."""
-    seen = {
-        id(parameter) for earlier in run.inventory.blocks[: block.index] for parameter in earlier.module.parameters()
-    }
-    size = sum(p.numel() for p in block.module.parameters() if p.ndim >= 2 and id(p) not in seen)
-    done = run.done.get(block.index)
-    if done is None:
-        return BlockReport(
-            block.index, block.name, block.stack, zeros=0, size=0, all_matrices=size, output_error=None, seconds=0.0
+def _block_reports(run: Run) -> list[BlockReport]:
+    """What was done to each block; one without targeted sites counts with its size, so that shares of the whole are true."""
+    reports = []
+    seen: set[int] = set()  # parameters that blocks share count once
+    for block in run.inventory.blocks:
+        own = {id(p): p.numel() for p in block.module.parameters() if p.ndim >= 2 and id(p) not in seen}
+        seen |= own.keys()
+        empty = BlockReport(
+            block.index, block.name, block.stack, zeros=0, size=0, all_matrices=0, output_error=None, seconds=0.0
         )
-    return replace(done, all_matrices=size)
+        reports.append(replace(run.done.get(block.index, empty), all_matrices=sum(own.values())))
+    return reports
 
 
 def _with_earlier(run: Run, blocks: list[BlockReport]) -> list[BlockReport]:
@@ -253,7 +252,7 @@ def _with_earlier(run: Run, blocks: list[BlockReport]) -> list[BlockReport]:
             for site in run.inventory.sites[block.index]:
                 if site.name in kept:
                     weight = read(run.model, site)
-                    zeros = weight.numel() - int(torch.count_nonzero(weight))
+                    zeros = count_zeros(weight)
                     report.sites.append(replace(kept[site.name], zeros=zeros, sparsity=zeros / site.size))
                     report.zeros, report.size = report.zeros + zeros, report.size + site.size
     return blocks

@@ -82,6 +82,5 @@ class Registry(Generic[F]):
 
 METRICS: Registry[Callable[..., object]] = Registry("metric")
 ALLOCATIONS: Registry[Callable[..., object]] = Registry("allocation")
-PATTERNS: Registry[Callable[..., object]] = Registry("pattern")
 UPDATES: Registry[Callable[..., object]] = Registry("update")
 STATISTICS: Registry[Callable[..., object]] = Registry("statistic")

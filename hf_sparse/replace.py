@@ -1,5 +1,6 @@
-"""Replaces a model's files in a folder so that a save that breaks off neither loads as something it is not nor loses the old model."""
+"""Replaces files so that a write that breaks off leaves no half of one, nor a model that is not what it says."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,17 @@ def _written(name: str, variant: str | None) -> bool:
         rf"{weights}\.(safetensors|bin)\.index{dot}\.json",
     )
     return name == "config.json" or any(re.fullmatch(shape, name) for shape in shapes)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that is there is whole: written beside its place, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -97,3 +97,8 @@ def stored_rows(site: Site) -> torch.Tensor:
     rows = site.rows
     every = torch.arange(rows.outer * rows.parts * rows.inner).view(rows.outer, rows.parts, rows.inner)
     return every[:, rows.start : rows.stop].reshape(-1)
+
+
+def count_zeros(matrix: torch.Tensor) -> int:
+    """How many weights are zero, which is what dropped means."""
+    return matrix.numel() - int(torch.count_nonzero(matrix))

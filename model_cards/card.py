@@ -1,7 +1,6 @@
 """The model card of a sparse model, made from its report, and the README that it becomes."""
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -16,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_sparse import embedded
 from hf_sparse.errors import CheckpointError
+from hf_sparse.replace import write_whole
 from hf_sparse.report import Report
 from model_cards import again, evaluation, facts
 from model_cards.escape import clean, code, fenced, json_text, plain
@@ -103,7 +103,7 @@ def write_card(folder: str | Path, card: SparseModelCard) -> bool:
             # A save must not fail after hours of work because of a slip in a README.
             _log.warning("%s was not renewed: %s", file, error)
             return False
-    _write(file, text.encode("utf-8"))
+    write_whole(file, text.encode("utf-8"))
     return True
 
 
@@ -113,17 +113,6 @@ def _local_card(base: str) -> str | None:
         return file.read_text(encoding="utf-8") if base and (file.parent / "config.json").is_file() else None
     except (OSError, UnicodeDecodeError):
         return None  # no card, nothing to inherit
-
-
-def _write(file: Path, content: bytes) -> None:
-    """A file that is there is whole: written beside its place, then renamed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _template() -> str:

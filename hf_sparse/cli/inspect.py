@@ -12,6 +12,7 @@ from hf_sparse.checkpoint import CONFIG_KEY
 from hf_sparse.errors import CheckpointError
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import Report, percent
+from hf_sparse.sites import count_zeros
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def count_folder(folder: Path) -> dict[str, dict[str, Any]]:
                 for name in tensors.keys():  # noqa: SIM118  (no mapping, only the method exists)
                     tensor = tensors.get_tensor(name)
                     if tensor.ndim >= 2:
-                        zeros = tensor.numel() - int(tensor.count_nonzero())
+                        zeros = count_zeros(tensor)
                         found[name] = {
                             "shape": list(tensor.shape),
                             "zeros": zeros,
