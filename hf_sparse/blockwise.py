@@ -108,7 +108,7 @@ def with_data(run: Run, batches: list[Batch]) -> None:
 
 def _recorder(run: Run, block: Block, batches: int) -> Recorder:
     sites = run.inventory.sites[block.index]
-    wanted = needs(run.plans(block), {site.name: site for site in sites})
+    wanted = needs(run.plans(block), {site.name: site for site in sites}, run.config.update)
     return Recorder(sites, wanted, -(-ERROR_SAMPLE // batches))
 
 

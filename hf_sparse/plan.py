@@ -1,7 +1,7 @@
 """What will happen to each site, settled before anything is changed: metric, axis, share and the reasons for fall-backs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +13,7 @@ from hf_sparse.families import Inventory
 from hf_sparse.groups import Feed
 from hf_sparse.observe import Operand, operand_of
 from hf_sparse.patterns import Pattern
-from hf_sparse.registry import ALLOCATIONS, METRICS, Entry
+from hf_sparse.registry import ALLOCATIONS, METRICS, UPDATES, Entry
 from hf_sparse.sites import Site
 
 _ROLES = {"mlp": {"gate", "up", "down"}, "attention": {"q", "k", "v", "o"}}
@@ -33,6 +33,7 @@ class SitePlan:
     site: Site
     metric: Entry[Any]
     axis: str
+    pattern: Pattern
     sparsity: float
     feed: Feed | None  # the consumer whose statistics score the rows, where the metric uses one
     note: str = ""
@@ -104,9 +105,9 @@ def plan_site(
     site: Site, config: SparsityConfig, feeds: list[Feed], sparsity: float, unresolved: Mapping[str, str]
 ) -> SitePlan:
     """Settle metric and axis of one site; a metric that needs a consumer says what takes its place where there is none."""
-    entry = METRICS[config.metric]
+    entry, pattern = METRICS[config.metric], Pattern.parse(config.pattern)
     if not entry.consumer_needs:
-        return SitePlan(site, entry, _axis(entry, config), sparsity, None)
+        return SitePlan(site, entry, _axis(entry, config), pattern, sparsity, None)
     roles = entry.traits.get("roles", ())
     feed = next((feed for feed in feeds if feed.producer == site.name), None)
     gated = feed is not None and len({other.producer for other in feeds if other.consumer == feed.consumer}) > 1
@@ -115,7 +116,7 @@ def plan_site(
         note = ""
         if axis == "input" and config.pattern != "unstructured":
             note = f"groups along the input axis: {entry.name} ranks them as magnitude does"
-        return SitePlan(site, entry, axis, sparsity, feed, note)
+        return SitePlan(site, entry, axis, pattern, sparsity, feed, note)
     other = METRICS[str(entry.traits["otherwise"])]
     if site.role not in roles:  # type: ignore[operator]
         why = f"no {' or '.join(roles)} of a gated MLP"  # type: ignore[arg-type]
@@ -123,14 +124,17 @@ def plan_site(
         why = unresolved.get(
             site.name, "its MLP has no gate" if feed is not None else "what it feeds could not be resolved"
         )
-    return SitePlan(site, other, _axis(other, config), sparsity, None, f"{other.name} instead of {entry.name}: {why}")
+    return SitePlan(
+        site, other, _axis(other, config), pattern, sparsity, None, f"{other.name} instead of {entry.name}: {why}"
+    )
 
 
-def needs(plans: list[SitePlan], sites: Mapping[str, Site]) -> dict[Operand, set[str]]:
-    """Which statistics of which operand's input the plans ask for."""
+def needs(plans: list[SitePlan], sites: Mapping[str, Site], updates: Sequence[str]) -> dict[Operand, set[str]]:
+    """Which statistics of which operand's input the plans and the updates ask for."""
     wanted: dict[Operand, set[str]] = {}
     for plan in plans:
-        wanted.setdefault(operand_of(plan.site), set()).update(plan.metric.needs)
+        own = wanted.setdefault(operand_of(plan.site), set())
+        own.update(plan.metric.needs, *(UPDATES[name].needs for name in updates))
         if plan.feed is not None:
             wanted.setdefault(operand_of(sites[plan.feed.consumer]), set()).update(plan.metric.consumer_needs)
     return wanted

@@ -103,7 +103,7 @@ class Recorder:
     def _check(self, present: "_Present") -> None:
         key, x, _ = present
         statistics = [statistic for (owner, _), statistic in self.statistics.items() if owner == key]
-        finite = all(bool(torch.isfinite(statistic.value).all()) for statistic in statistics)
+        finite = all(statistic.finite for statistic in statistics)
         if not finite or (not statistics and not bool(torch.isfinite(x.sum()))):
             raise CalibrationError(self._not_finite(key, x, self._batch, self._names))
 

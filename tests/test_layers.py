@@ -19,7 +19,7 @@ FLOORS = {
     6: "hooks search stream trainer_callbacks",
     5: "prune blockwise apply reconstruct permute hub evaluate predictors",
     4: "calibrate record checkpoint embedded model_cards",
-    3: "families metrics allocations patterns updates storage runtime native "
+    3: "families metrics normal_equations allocations patterns updates storage runtime native "
     "groups blocks replace forwards offload observe statistics report plot config plan adapters",
     2: "sites registry data stdlib_text",
     1: "errors environment",

@@ -19,8 +19,14 @@ OUT, IN = 12, 8
 NAMES = [entry.name for entry in METRICS]
 
 
+def gram_of(own: torch.Tensor) -> torch.Tensor:
+    """X^T X of some input with these norms, whose features are correlated a little."""
+    squares = own.double() ** 2
+    return torch.diag(squares * 0.9) + 0.1 * torch.outer(own.double(), own.double())
+
+
 def inputs_for(entry: Entry, own: torch.Tensor, consumer: torch.Tensor, **options: float) -> Inputs:
-    values = {"norm": own}, {"norm": consumer}
+    values = {"norm": own, "gram": gram_of(own)}, {"norm": consumer}
     needed = [
         {name: found[name] for name in names}
         for found, names in zip(values, (entry.needs, entry.consumer_needs), strict=True)
@@ -39,7 +45,16 @@ def random(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 Array = numpy.ndarray
+
+
+def brain_surgeon(w: Array, x: Array, z: Array) -> Array:
+    gram = gram_of(torch.from_numpy(x)).numpy()
+    inverse = numpy.linalg.inv(gram + 0.01 * numpy.trace(gram) / len(x) * numpy.eye(len(x)))
+    return w**2 / numpy.diag(inverse)
+
+
 FORMULAS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "sparsegpt": brain_surgeon,
     "magnitude": lambda w, x, z: numpy.abs(w),
     "wanda": lambda w, x, z: numpy.abs(w) * x[None, :],
     "dass": lambda w, x, z: numpy.abs(w) * numpy.sqrt(z)[:, None],

@@ -12,6 +12,7 @@ import torch
 import hf_sparse.allocations
 import hf_sparse.metrics
 import hf_sparse.updates  # noqa: F401  (importing the three packages fills the registries)
+from hf_sparse.config.options import check_option
 from hf_sparse.config.predictor import PredictorConfig
 from hf_sparse.config.serialise import Serialisable, known_version, mapping, share, whole
 from hf_sparse.errors import CalibrationError, ConfigError, unknown
@@ -136,13 +137,9 @@ class SparsityConfig(Serialisable):
                     "option unstructured.rounding:", self.options_of("unstructured")["rounding"], ("exact", "truncate")
                 )
             )
-        for entry in METRICS:
+        for entry in (*METRICS, *UPDATES):
             for key, value in self.options_of(entry.name).items():
-                # Infinite or, with a negative exponent, undefined scores would have no order.
-                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e6:
-                    raise ConfigError(
-                        f"option {entry.name}.{key}={value!r} is not allowed; give a number from 0 to 1e6."
-                    )
+                check_option(entry, key, value)
 
     def options_of(self, name: str) -> dict[str, Any]:
         """The options of one metric, allocation, update or pattern with the defaults filled in."""
@@ -158,13 +155,16 @@ class SparsityConfig(Serialisable):
         raise ConfigError(unknown("options for", name, ()))
 
     def check_calibration(self) -> None:
-        """Raises CalibrationError where the metric looks at activations and no data are named."""
-        entry = METRICS[self.metric]
-        if self.calibration is None and (entry.needs or entry.consumer_needs):
-            raise CalibrationError(
-                f"metric {entry.name!r} looks at activations and needs calibration=... (texts, token ids, a data set "
-                'or a path); or use metric="magnitude", which needs none.'
-            )
+        """Raises CalibrationError where the metric or an update looks at activations and no data are named."""
+        if self.calibration is not None:
+            return
+        for kind, entry in (("metric", METRICS[self.metric]), *(("update", UPDATES[name]) for name in self.update)):
+            if entry.needs or entry.consumer_needs or entry.traits.get("runs_blocks"):
+                way_out = 'metric="magnitude"' if kind == "metric" else 'update="none"'
+                raise CalibrationError(
+                    f"{kind} {entry.name!r} looks at activations and needs calibration=... (texts, token ids, a data set "
+                    f"or a path); or use {way_out}, which needs none."
+                )
 
     def resolved(self) -> "SparsityConfig":
         """The same with the options in use and the sparsity filled in, so that other defaults never change its meaning."""

@@ -1,0 +1,59 @@
+"""SparseGPT: one sweep over the inputs; what a dropped weight contributed is spread over the inputs still to come.
+
+Frantar and Alistarh, arXiv 2301.00774, sections 3.2 and 3.3.
+"""
+
+import torch
+
+from hf_sparse.normal_equations import inverse_factor
+from hf_sparse.registry import UPDATES
+from hf_sparse.updates import Problem, Solution
+
+_BLOCK = 128  # inputs after which the update of all later ones is caught up
+
+
+def _piece(problem: Problem, block: int) -> int:
+    """How many inputs get their mask at once: a whole group of N:M, one column of the output axis, else a block."""
+    axes = {part.axis for part in problem.parts}
+    groups = {part.pattern.group for part in problem.parts}
+    if groups == {None} or problem.mask is not None:
+        return block
+    if axes == {"input"} and len(groups) == 1:
+        return int(groups.pop() or 1)
+    return 1
+
+
+@UPDATES.register(
+    "sparsegpt",
+    source="arXiv 2301.00774, section 3",
+    needs=("gram",),
+    own_metric="sparsegpt",
+    options={"damping": 0.01},
+)
+def sparsegpt(problem: Problem) -> Solution:
+    """One sweep that compensates each dropped weight in the inputs behind it; with metric="sparsegpt" it chooses the mask.
+
+    The weights of inputs that were always zero are kept, where the published code zeroes them.
+    """
+    factor = inverse_factor(problem.statistics["gram"], problem.options["damping"], problem.notes)
+    factor = factor.to(problem.target.dtype)
+    weight = problem.target.clone()
+    mask = torch.ones_like(weight, dtype=torch.bool) if problem.mask is None else problem.mask
+    columns, piece = weight.shape[1], _piece(problem, _BLOCK)
+    width = max(piece, _BLOCK // piece * piece)
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        part, inner = weight[:, start:stop].clone(), factor[start:stop, start:stop]
+        errors = torch.zeros_like(part)
+        for column in range(stop - start):
+            if problem.mask is None and column % piece == 0:
+                some = slice(column, min(column + piece, stop - start))
+                saliency = (part[:, some] / inner.diagonal()[some]) ** 2
+                mask[:, start + some.start : start + some.stop] = problem.choose_some(saliency, start + column)
+            kept = torch.where(mask[:, start + column], part[:, column], 0)
+            errors[:, column] = (part[:, column] - kept) / inner[column, column]
+            part[:, column:] -= errors[:, column : column + 1] * inner[column, column:]
+            part[:, column] = kept
+        weight[:, start:stop] = part
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return torch.where(mask, weight, 0), mask
