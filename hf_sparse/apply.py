@@ -1,6 +1,6 @@
 """Prunes the sites of one block: scores, mask, updates, and what came of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,11 +21,14 @@ from hf_sparse.updates import Part, Problem, Solution
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """A block with what shall happen to its sites; `sites` are all its sites by name, targeted or not."""
+    """A block with what shall happen to its sites, and what was measured; `sites` are all its sites by name, targeted or not."""
 
     block: Block
     plans: list[SitePlan]
     sites: dict[str, Site]
+    recorder: Recorder | None = None  # statistics of the sites' own inputs
+    ahead: Recorder | None = None  # statistics of inputs that are not reached yet when a site is pruned; None: the same
+    streams: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)  # site -> "drift" and "debt"
 
 
 @dataclass
@@ -35,30 +38,29 @@ class _Chosen:
     plan: SitePlan
     stored: torch.Tensor  # (out, in) as the model holds it
     weight: torch.Tensor  # the same in at least fp32
-    scores: torch.Tensor
+    inputs: Inputs
     statistics: Mapping[str, torch.Tensor]
     notes: list[str] = field(default_factory=list)
 
 
-def prune_block(
-    model: nn.Module, config: SparsityConfig, block_plan: BlockPlan, recorder: Recorder | None
-) -> list[SiteReport]:
-    """Prune the targeted sites of a loaded block; the statistics are the dense block's, whatever order the sites come in."""
-    reports: dict[str, SiteReport] = {}
-    for plans in _by_input(block_plan.plans, recorder, config):
+def prune_block(model: nn.Module, config: SparsityConfig, block_plan: BlockPlan) -> list[SiteReport]:
+    """Prune the planned sites of a loaded block; the statistics are there before, so their order does not matter."""
+    reports = {plan.site.name: _left_dense(model, block_plan, plan) for plan in block_plan.plans if plan.dense}
+    for plans in _by_input(block_plan, config):
         # Scores are made of dense weights, so all of a group come before any is written.
-        chosen = [_scored(model, config, block_plan, plan, recorder) for plan in plans]
+        chosen = [_read(model, config, block_plan, plan) for plan in plans]
         for one, (weight, mask) in zip(chosen, _updated(config, chosen), strict=True):
-            reports[one.plan.site.name] = _written(model, config, block_plan.block, one, weight, mask, recorder)
+            reports[one.plan.site.name] = _written(model, block_plan, one, weight, mask)
     return [reports[plan.site.name] for plan in block_plan.plans]
 
 
-def _by_input(plans: Sequence[SitePlan], recorder: Recorder | None, config: SparsityConfig) -> list[list[SitePlan]]:
+def _by_input(block_plan: BlockPlan, config: SparsityConfig) -> list[list[SitePlan]]:
     """Sites that share an input are solved together; without updates each is on its own, which takes less memory."""
+    recorder = block_plan.recorder
     if recorder is None or config.update == ("none",):
-        return [[plan] for plan in plans]
+        return [[plan] for plan in block_plan.plans if not plan.dense]
     groups: dict[Operand, list[SitePlan]] = {}
-    for plan in plans:
+    for plan in (plan for plan in block_plan.plans if not plan.dense):
         operand = operand_of(plan.site)
         groups.setdefault(recorder.input_of.get(operand, operand), []).append(plan)
     return list(groups.values())
@@ -68,12 +70,14 @@ def _consumer(plan: SitePlan, recorder: Recorder, sites: Mapping[str, Site]) -> 
     """The consumer's norm brought to the site's rows; a row that several columns read counts with all of them."""
     if plan.feed is None:
         return {}
-    values = recorder.own(sites[plan.feed.consumer])
-    rows = torch.tensor(plan.feed.rows, device=next(iter(values.values())).device) if values else torch.empty(0)
-    fed = rows >= 0
-    one_to_one = bool(fed.all()) and len(rows) == plan.site.shape[0] and len(torch.unique(rows)) == len(rows)
+    values = {name: recorder.own(sites[plan.feed.consumer]).get(name) for name in plan.metric.consumer_needs}
     found = {}
     for name, value in values.items():
+        if value is None:
+            continue
+        rows = torch.tensor(plan.feed.rows, device=value.device)
+        fed = rows >= 0
+        one_to_one = bool(fed.all()) and len(rows) == plan.site.shape[0] and len(torch.unique(rows)) == len(rows)
         target = value.new_zeros(plan.site.shape[0])
         found[name] = (
             target.index_copy(0, rows, value) if one_to_one else target.index_add(0, rows[fed], value[fed] ** 2).sqrt()
@@ -81,11 +85,13 @@ def _consumer(plan: SitePlan, recorder: Recorder, sites: Mapping[str, Site]) -> 
     return found
 
 
-def _measured(plan: SitePlan, recorder: Recorder | None, sites: Mapping[str, Site]) -> tuple[SitePlan, Inputs]:
+def _measured(block_plan: BlockPlan, plan: SitePlan) -> tuple[SitePlan, Inputs]:
     """What the metric gets to see; a site that nothing was measured for is pruned by magnitude, and the plan says so."""
+    recorder = block_plan.recorder
     if recorder is None:
         return plan, Inputs()
-    own, consumer = recorder.own(plan.site), _consumer(plan, recorder, sites)
+    own = {name: value for name, value in recorder.own(plan.site).items() if name in plan.metric.needs}
+    consumer = _consumer(plan, block_plan.ahead or recorder, block_plan.sites)
     measured = plan.metric.needs <= set(own) and plan.metric.consumer_needs <= set(consumer)
     # An input of nothing but zeros tells no weight from another; batched experts without tokens get such.
     if measured and all(bool(value.any()) for value in (*own.values(), *consumer.values())):
@@ -99,68 +105,76 @@ def _measured(plan: SitePlan, recorder: Recorder | None, sites: Mapping[str, Sit
     return replace(plan, metric=METRICS["magnitude"], feed=None, note=note), Inputs()
 
 
-def _scored(
-    model: nn.Module, config: SparsityConfig, block_plan: BlockPlan, plan: SitePlan, recorder: Recorder | None
-) -> _Chosen:
-    plan, inputs = _measured(plan, recorder, block_plan.sites)
+def _read(model: nn.Module, config: SparsityConfig, block_plan: BlockPlan, plan: SitePlan) -> _Chosen:
+    plan, inputs = _measured(block_plan, plan)
     stored = read(model, plan.site)
     weight = stored if stored.dtype == torch.float64 else stored.float()
     inputs = Inputs(inputs.own, inputs.consumer, config.options_of(plan.metric.name))
-    scores: torch.Tensor = plan.metric.function(weight, inputs)  # type: ignore[assignment]
-    statistics = recorder.own(plan.site) if recorder else {}
-    return _Chosen(plan, stored, weight, scores, statistics, [plan.note] if plan.note else [])
+    own = block_plan.recorder.own(plan.site) if block_plan.recorder else {}
+    statistics = {**own, **block_plan.streams.get(plan.site.name, {})}
+    return _Chosen(plan, stored, weight, inputs, statistics, [plan.note] if plan.note else [])
+
+
+def _scores(one: _Chosen, weight: torch.Tensor) -> torch.Tensor:
+    scores: torch.Tensor = one.plan.metric.function(weight, one.inputs)  # type: ignore[assignment]
+    return scores
 
 
 def _updated(config: SparsityConfig, chosen: list[_Chosen]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """New weights and masks of sites that share an input."""
     parts, row = [], 0
+    rounding = config.options_of("unstructured")["rounding"]
     for one in chosen:
-        out = len(one.weight)
-        rounding = config.options_of("unstructured")["rounding"]
-        parts.append(Part(row, row + out, one.plan.pattern, one.plan.sparsity, one.plan.axis, rounding))
-        row += out
+        parts.append(Part(row, row + len(one.weight), one.plan.pattern, one.plan.sparsity, one.plan.axis, rounding))
+        row += len(one.weight)
     target = _stacked([one.weight for one in chosen])
-    problem = Problem(
-        target, target, _stacked([one.scores for one in chosen]), None, chosen[0].statistics, tuple(parts)
-    )
-    for number, name in enumerate(config.update):
-        problem = _step(problem, name, config, first=number == 0)
+    scores = _stacked([_scores(one, one.weight) for one in chosen])
+    problem = Problem(target, target, scores, None, _statistics(chosen), tuple(parts))
+    for name in config.update:
+        problem = _step(problem, name, config, chosen)
     for one in chosen:
         one.notes += problem.notes
     mask = problem.mask if problem.mask is not None else problem.choose(problem.scores)
     return [(problem.weight[part.start : part.stop], mask[part.start : part.stop]) for part in parts]
 
 
+def _statistics(chosen: list[_Chosen]) -> dict[str, torch.Tensor]:
+    """What was measured for the input that the sites share; what the rows of each shall make good stands one below the other."""
+    found = dict(chosen[0].statistics)
+    if any("debt" in one.statistics for one in chosen):
+        debts = [one.statistics.get("debt", torch.zeros_like(one.weight, dtype=torch.float64)) for one in chosen]
+        found["debt"] = torch.cat(debts)
+    return found
+
+
 def _stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
-def _step(problem: Problem, name: str, config: SparsityConfig, first: bool) -> Problem:
+def _step(problem: Problem, name: str, config: SparsityConfig, chosen: list[_Chosen]) -> Problem:
     """The problem as one update leaves it."""
     entry = UPDATES[name]
     if entry.traits.get("runs_blocks"):
         return problem
-    mask = problem.mask
-    if mask is None and not (first and entry.traits.get("own_metric") == config.metric):
-        mask = problem.choose(problem.scores)
     missing = {need for need in entry.needs if need not in problem.statistics or not problem.statistics[need].any()}
     if missing:
         problem.notes.append(f"no update by {name}: nothing was measured for its input")
-        return replace(problem, mask=mask if mask is not None else problem.choose(problem.scores))
+        return problem
+    own_choice = problem.mask is None and entry.traits.get("own_metric") == config.metric
+    mask = problem.mask if problem.mask is not None or own_choice else problem.choose(problem.scores)
     solution: Solution = entry.function(replace(problem, mask=mask, options=config.options_of(name)))  # type: ignore[assignment]
-    return replace(problem, weight=solution[0], mask=solution[1])
+    weight, mask = solution
+    if not entry.traits.get("sets_target"):
+        return replace(problem, weight=weight, mask=mask)
+    parts = zip(chosen, problem.parts, strict=True)
+    scores = _stacked([_scores(one, weight[part.start : part.stop]) for one, part in parts])
+    return replace(problem, target=weight, weight=weight, scores=scores)
 
 
 def _written(
-    model: nn.Module,
-    config: SparsityConfig,
-    block: Block,
-    one: _Chosen,
-    weight: torch.Tensor,
-    mask: torch.Tensor,
-    recorder: Recorder | None,
+    model: nn.Module, block_plan: BlockPlan, one: _Chosen, weight: torch.Tensor, mask: torch.Tensor
 ) -> SiteReport:
-    plan, site = one.plan, one.plan.site
+    plan, site, recorder = one.plan, one.plan.site, block_plan.recorder
     kept = one.stored if weight is one.weight else weight.to(one.stored.dtype)
     # Adding zero turns -0.0 into 0.0, so that one rule, weight != 0, tells what is kept.
     new = torch.where(mask, kept, 0) + 0.0
@@ -171,9 +185,20 @@ def _written(
     if extra:
         one.notes.append(f"{extra} kept weights are zero and count as dropped")
     return SiteReport(
-        name=site.name, block=block.index, role=site.role, shape=site.shape, pattern=str(plan.pattern), axis=plan.axis,
+        name=site.name, block=block_plan.block.index, role=site.role, shape=site.shape, pattern=str(plan.pattern), axis=plan.axis,
         metric=plan.metric.name, zeros=zeros, sparsity=zeros / site.size, output_error=error,
         tokens=recorder.tokens(site) if recorder else None, note="; ".join(dict.fromkeys(one.notes)),
+    )  # fmt: skip
+
+
+def _left_dense(model: nn.Module, block_plan: BlockPlan, plan: SitePlan) -> SiteReport:
+    """What the report says of a site that the allocation takes nothing from; its weights stay as they are."""
+    site, recorder = plan.site, block_plan.recorder
+    zeros = count_zeros(read(model, site))
+    return SiteReport(
+        name=site.name, block=block_plan.block.index, role=site.role, shape=site.shape, pattern="dense", axis=plan.axis,
+        metric="none", zeros=zeros, sparsity=zeros / site.size, output_error=0.0 if recorder else None,
+        tokens=recorder.tokens(site) if recorder else None, note="left dense by the allocation",
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,16 +12,19 @@ from transformers.utils import logging as transformers_logging
 
 from hf_sparse.apply import BlockPlan, prune_block
 from hf_sparse.blocks import Block
-from hf_sparse.calibrate import Survey, forward
+from hf_sparse.calibrate import TOKEN_BUDGET, Survey, forward
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Batch
 from hf_sparse.errors import CalibrationError, ModelError
 from hf_sparse.families import Inventory
 from hf_sparse.forwards import Call, main_tensor, norm, walk
 from hf_sparse.plan import SitePlan, needs, plan_site
+from hf_sparse.reconstruct import reconstruct_
 from hf_sparse.record import ERROR_SAMPLE, Recorder
+from hf_sparse.registry import UPDATES
 from hf_sparse.report import BlockReport, SiteReport
-from hf_sparse.sites import Site
+from hf_sparse.sites import Site, count_zeros, read
+from hf_sparse.streams import TwoStreams
 
 
 @dataclass
@@ -38,11 +41,24 @@ class Run:
     done: dict[int, BlockReport] = field(default_factory=dict)
     changed: list[int] = field(default_factory=list)  # blocks whose weights were touched
     batch_size: int | None = None
+    measured: dict[int, float] = field(default_factory=dict)  # what the allocation saw in the dense blocks, by index
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether an update asks for the dense model's activations beside the pruned one's."""
+        return any(UPDATES[name].traits.get("second_stream") for name in self.config.update)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens in a batch of size "auto"; training takes one step a batch, so there they are small."""
+        if "reconstruct" in self.config.update:
+            return int(self.config.options_of("reconstruct")["batch_tokens"])
+        return TOKEN_BUDGET
 
     def prune(self, block: Block, recorder: Recorder | None) -> list[SiteReport]:
         self.changed.append(block.index)
         sites = {site.name: site for site in self.inventory.sites[block.index]}
-        return prune_block(self.model, self.config, BlockPlan(block, self.plans(block), sites), recorder)
+        return prune_block(self.model, self.config, BlockPlan(block, self.plans(block), sites, recorder))
 
     def plans(self, block: Block) -> list[SitePlan]:
         feeds = self.survey.feeds.get(block.index, [])
@@ -69,10 +85,13 @@ def without_data(run: Run, blocks: Sequence[Block]) -> None:
 
 
 def with_data(run: Run, batches: list[Batch]) -> None:
-    """Block by block: run all batches dense and measure, prune, run them again; the next block gets what comes out."""
+    """Block by block: run all batches dense and measure, prune, run them again; the next block gets what comes out.
+
+    With two streams every batch has a second pass, in which all blocks stay dense.
+    """
     recorders: dict[int, Recorder] = {}
     calls_left = {index: run.survey.expected(index, batches) for index in run.chosen}
-    passes = [forward(run.model, batch.values) for batch in batches]
+    passes = [forward(run.model, batch.values) for batch in batches] * (2 if run.two_streams else 1)
     with _progress(run) as bar, closing(walk(run.inventory.blocks, passes, run.survey.order())) as turns:
         for calls in turns:
             block = calls[0].block
@@ -81,9 +100,16 @@ def with_data(run: Run, batches: list[Batch]) -> None:
                 _run_only(run, block, calls)
                 continue
             start = time.monotonic()
-            calls_left[index] -= len(calls)
+            calls_left[index] -= len(calls) // (2 if run.two_streams else 1)
             with block.loaded(run.config.device):
                 recorder = recorders.setdefault(index, _recorder(run, block, len(batches)))
+                if run.two_streams:
+                    sites, error = _in_two_streams(run, block, calls, recorder, batches)
+                    block.commit()
+                    _finish(run, block, sites, error, time.monotonic() - start)
+                    bar.update()
+                    del calls
+                    continue
                 dense = [_dense_pass(run, block, call, recorder, batches[call.batch]) for call in calls]
                 # A block that runs several times a pass (ALBERT) is pruned at its last run, with the statistics of all.
                 if calls_left[index] <= 0:
@@ -104,6 +130,61 @@ def with_data(run: Run, batches: list[Batch]) -> None:
         )
     if left:  # a metric that looks at no data prunes them all the same
         without_data(run, left)
+
+
+def _in_two_streams(
+    run: Run, block: Block, calls: list[Call], recorder: Recorder, batches: list[Batch]
+) -> tuple[list[SiteReport], float | None]:
+    """Prune a block with both streams; the error is that of the pruned model's hidden states against the dense model's."""
+    sparse = [call for call in calls if call.batch < len(batches)]
+    dense = [call for call in calls if call.batch >= len(batches)]
+    run.changed.append(block.index)
+    plans, sites = run.plans(block), run.inventory.sites[block.index]
+    ahead = None
+    if any(plan.feed is not None for plan in plans):  # what a site feeds is not reached yet when the site is pruned
+        ahead = _recorder(run, block, len(batches))
+        for call in sparse:
+            _dense_pass(run, block, call, ahead, batches[call.batch])
+            call.output = None
+    wiring = run.survey.wirings[block.index]
+    streams = TwoStreams(run.model, run.config, block, sites, plans, wiring, recorder, ahead)
+    reports = streams.prune(sparse, dense, batches)
+    if "reconstruct" in run.config.update:
+        reports = _reconstruct(run, block, sparse, dense, reports)
+    difference = total = 0.0
+    for one, other in zip(sparse, dense, strict=True):
+        after, before = main_tensor(one.output), main_tensor(other.output)
+        if after is not None and before is not None and after.shape == before.shape:
+            difference += norm(after - before) ** 2
+            total += norm(before) ** 2
+    return reports, (difference / total) ** 0.5 if total else None
+
+
+def _reconstruct(
+    run: Run, block: Block, sparse: list[Call], dense: list[Call], reports: list[SiteReport]
+) -> list[SiteReport]:
+    """Train the pruned block towards the dense stream, run it again, and count its zeros again."""
+    targets = [main_tensor(call.output) for call in dense]
+    pairs = [(call, target) for call, target in zip(sparse, targets, strict=True) if target is not None]
+    pruned, options = run.chosen[block.index], run.config.options_of("reconstruct")
+    calls, wanted = [call for call, _ in pairs], [target for _, target in pairs]
+    done = reconstruct_(run.model, block, pruned, calls, wanted, options, run.config.device, run.config.seed)
+    if done.note:
+        run.notes.append(f"{block.name}: {done.note}")
+    for call in sparse:
+        call.output = None
+        call.output = call(run.config.device)
+    zeros = {site.name: count_zeros(read(run.model, site)) for site in pruned}
+    # What a site gives now is no longer meant to be what it gave alone, so its own error would mislead.
+    return [
+        replace(
+            report,
+            zeros=zeros[report.name],
+            sparsity=zeros[report.name] / (report.shape[0] * report.shape[1]),
+            output_error=None,
+        )
+        for report in reports
+    ]
 
 
 def _recorder(run: Run, block: Block, batches: int) -> Recorder:

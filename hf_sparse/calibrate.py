@@ -19,6 +19,7 @@ from hf_sparse.families import Inventory
 from hf_sparse.forwards import Call, Modes, watched
 from hf_sparse.observe import eager_experts
 from hf_sparse.sites import Site
+from hf_sparse.wiring import Wiring, find_wiring
 
 TOKEN_BUDGET = 4096  # tokens in a batch of size "auto"
 Kind = tuple[str, ...]  # the names of a sample's tensors
@@ -98,9 +99,9 @@ def _with_decoder_input(row: Sample) -> Sample:
     return row
 
 
-def make_batches(rows: Sequence[Sample], size: int | str) -> tuple[list[Batch], int]:
+def make_batches(rows: Sequence[Sample], size: int | str, budget: int = TOKEN_BUDGET) -> tuple[list[Batch], int]:
     """Batches and the batch size used; "auto" fills a fixed budget of tokens with the longest sample."""
-    number = int(size) if size != "auto" else max(1, TOKEN_BUDGET // max(tokens_of(row) for row in rows))
+    number = int(size) if size != "auto" else max(1, budget // max(tokens_of(row) for row in rows))
     return batches(rows, number), number
 
 
@@ -159,6 +160,7 @@ class Survey:
     calls: dict[Kind, list[int]] = field(default_factory=dict)  # kind of sample -> blocks in the order of their calls
     feeds: dict[int, list[groups.Feed]] = field(default_factory=dict)
     unresolved: dict[str, str] = field(default_factory=dict)  # site name -> why nothing is known about what it feeds
+    wirings: dict[int, Wiring] = field(default_factory=dict)
 
     @property
     def reached(self) -> set[int]:
@@ -186,7 +188,7 @@ def kind_of(values: Sample) -> Kind:
     return tuple(sorted(values))
 
 
-def _short(row: Sample) -> Sample:
+def short(row: Sample) -> Sample:
     """A sample of token ids alone is cut; anything else (images, audio) stays whole."""
     shapes = {tuple(value.shape) for value in row.values()}
     if len(shapes) == 1 and "input_ids" in row and row["input_ids"].ndim == 2:
@@ -195,9 +197,14 @@ def _short(row: Sample) -> Sample:
 
 
 def survey(
-    model: nn.Module, inventory: Inventory, rows: Sequence[Sample], want_feeds: bool, device: str | None = None
+    model: nn.Module,
+    inventory: Inventory,
+    rows: Sequence[Sample],
+    want_feeds: bool,
+    device: str | None = None,
+    want_wirings: bool = False,
 ) -> Survey:
-    """Run one short sample of each kind through the dense model; with `want_feeds` the probe runs in every block."""
+    """Run one short sample of each kind through the dense model; on request the probes for feeds and wirings run in every block."""
     found = Survey()
     thread = threading.get_ident()
     for kind, row in {kind_of(row): row for row in reversed(rows)}.items():
@@ -217,10 +224,12 @@ def survey(
             with block.loaded(device):
                 if want_feeds and block.index not in found.feeds and inventory.sites.get(block.index):
                     _find_feeds(model, block, inventory.sites[block.index], lambda: call(device), found)
+                if want_wirings and block.index not in found.wirings and inventory.sites.get(block.index):
+                    found.wirings[block.index] = find_wiring(model, inventory.sites[block.index], call, device)
                 return call(device)
 
         with watched(inventory.blocks, visit):
-            forward(model, _short(row))()
+            forward(model, short(row))()
     return found
 
 

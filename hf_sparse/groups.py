@@ -73,14 +73,15 @@ def _rows(model: nn.Module, producer: Site, consumer: Site) -> tuple[int, ...] |
     rows, columns = producer.shape[0], consumer.shape[1]
     if rows == columns:
         return tuple(range(rows))
-    size = _head_size(model, producer, consumer)
+    size = head_size(model, producer, consumer)
     if producer.role != "v" or size is None or rows % size or columns % rows:
         return None
     repeats = columns // rows  # query heads that share one head of keys and values
     return tuple(column // size // repeats * size + column % size for column in range(columns))
 
 
-def _head_size(model: nn.Module, producer: Site, consumer: Site) -> int | None:
+def head_size(model: nn.Module, producer: Site, consumer: Site) -> int | None:
+    """How many values a head has, as the modules around v and o or their configuration tell."""
     path = producer.module.split(".")[: _common(producer, consumer)]
     for length in range(len(path), 0, -1):
         owner = model.get_submodule(".".join(path[:length]))

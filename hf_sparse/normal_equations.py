@@ -17,6 +17,10 @@ def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
     Inputs that were always zero get the damping alone, so their weights stay as they are wherever they are kept.
     """
     result = gram.double().clone()
+    if not bool(torch.isfinite(result).all()):
+        raise ModelError(
+            f"the Gram matrix of {len(gram)} inputs has values that are not finite; calibrate on other data or in a wider dtype."
+        )
     mean = float(result.diagonal().mean())
     result.diagonal().add_(damping * mean if mean else 1.0)
     return result

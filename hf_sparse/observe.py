@@ -32,6 +32,7 @@ def operand_of(site: Site) -> Operand:
 
 # (operand, input with the contraction dimension last, product) -> what the model shall go on with instead, or None
 Seen = Callable[[Operand, torch.Tensor, torch.Tensor], torch.Tensor | None]
+Before = Callable[[Operand, torch.Tensor], None]
 
 _EXPERTS = "_experts_implementation_internal"  # the public attribute would set the configs inside too
 _LINEAR = {torch.nn.functional.linear, torch._C._nn.linear}  # type: ignore[attr-defined]
@@ -64,11 +65,14 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
 
 
 class Observer(TorchFunctionMode):
-    """Context manager; inside it `seen` is called for every product of the block with one of the sites' weights."""
+    """Context manager; inside it `seen` is called for every product of the block with one of the sites' weights.
 
-    def __init__(self, model: nn.Module, sites: Iterable[Site], seen: Seen) -> None:
+    `before` is called with its input just before a product with a matrix (not a stack of experts) is made.
+    """
+
+    def __init__(self, model: nn.Module, sites: Iterable[Site], seen: Seen, before: Before | None = None) -> None:
         super().__init__()
-        self._seen = seen
+        self._seen, self._before = seen, before
         found: dict[int, _Stored] = {}
         for site in sites:
             weight = parameter_of(model, site)
@@ -108,19 +112,30 @@ class Observer(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        factors = _factors(func, args, kwargs or {})
+        if factors is None:
+            return func(*args, **(kwargs or {}))
+        x, weight = factors
+        stored = self._find(weight)
+        # otherwise the weight may stand on the left: tokens are the columns of the other side
+        left = self._find(x) if stored is None and func not in _LINEAR else None
+        found = stored or left
+        if self._before is not None and found is not None and found.expert_bytes is None:
+            self._before(Operand(found.module, found.parameter, None), x if stored else weight.mT)
         result = func(*args, **(kwargs or {}))
-        if func in _LINEAR:
-            named = kwargs or {}
-            x, weight = args[0] if args else named["input"], args[1] if len(args) > 1 else named["weight"]
-        elif func in _PRODUCTS and len(args) == 2:
-            x, weight = args
-        elif func in _ADDED and len(args) >= 3:
-            x, weight = args[1], args[2]
-        else:
-            return result
-        if stored := self._find(weight):
+        if stored is not None:
             return self._report(stored, weight, x, result)
-        if func not in _LINEAR and (stored := self._find(x)):
-            # the weight stands on the left: tokens are the columns of the other side
-            return self._report(stored, x, weight.mT, result.mT).mT
+        if left is not None:
+            return self._report(left, x, weight.mT, result.mT).mT
         return result
+
+
+def _factors(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The two factors of a product, the input first as the call names them; None for any other function."""
+    if func in _LINEAR:
+        return args[0] if args else named["input"], args[1] if len(args) > 1 else named["weight"]
+    if func in _PRODUCTS and len(args) == 2:
+        return args[0], args[1]
+    if func in _ADDED and len(args) >= 3:
+        return args[1], args[2]
+    return None

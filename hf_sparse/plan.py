@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from hf_sparse.allocations import BlockSize, whole_counts
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import ConfigError
 from hf_sparse.families import Inventory
 from hf_sparse.groups import Feed
 from hf_sparse.observe import Operand, operand_of
 from hf_sparse.patterns import Pattern
-from hf_sparse.registry import ALLOCATIONS, METRICS, UPDATES, Entry
+from hf_sparse.registry import METRICS, UPDATES, Entry
 from hf_sparse.sites import Site
 
 _ROLES = {"mlp": {"gate", "up", "down"}, "attention": {"q", "k", "v", "o"}}
@@ -37,6 +36,11 @@ class SitePlan:
     sparsity: float
     feed: Feed | None  # the consumer whose statistics score the rows, where the metric uses one
     note: str = ""
+
+    @property
+    def dense(self) -> bool:
+        """Whether the allocation takes nothing from the site, so that it is left as it is."""
+        return self.sparsity == 0
 
 
 def _part_of(site: Site, part: str) -> bool:
@@ -81,19 +85,6 @@ def select(inventory: Inventory, config: SparsityConfig) -> tuple[dict[int, list
     return chosen, left
 
 
-def shares(inventory: Inventory, chosen: Mapping[int, list[Site]], config: SparsityConfig) -> dict[str, float]:
-    """The sparsity of each site; for the unstructured pattern a whole number of weights."""
-    blocks = [
-        BlockSize(block.name, block.stack, {site.name: site.size for site in chosen[block.index]})
-        for block in inventory.blocks
-        if block.index in chosen
-    ]
-    allocated: dict[str, float] = ALLOCATIONS[config.allocation].function(config.target, blocks)  # type: ignore[index, assignment]
-    if Pattern.parse(config.pattern).group is not None or config.options_of("unstructured")["rounding"] != "exact":
-        return allocated
-    return whole_counts(allocated, {name: size for block in blocks for name, size in block.sites.items()})
-
-
 def _axis(entry: Entry[Any], config: SparsityConfig) -> str:
     if config.axis != "auto":
         return config.axis
@@ -104,8 +95,8 @@ def _axis(entry: Entry[Any], config: SparsityConfig) -> str:
 def plan_site(
     site: Site, config: SparsityConfig, feeds: list[Feed], sparsity: float, unresolved: Mapping[str, str]
 ) -> SitePlan:
-    """Settle metric and axis of one site; a metric that needs a consumer says what takes its place where there is none."""
-    entry, pattern = METRICS[config.metric], Pattern.parse(config.pattern)
+    """Settle metric, axis and pattern of one site; a metric that needs a consumer says what takes its place where there is none."""
+    entry, pattern = METRICS[config.metric], Pattern.parse(config.pattern).dropping(sparsity)
     if not entry.consumer_needs:
         return SitePlan(site, entry, _axis(entry, config), pattern, sparsity, None)
     roles = entry.traits.get("roles", ())
@@ -134,6 +125,8 @@ def needs(plans: list[SitePlan], sites: Mapping[str, Site], updates: Sequence[st
     wanted: dict[Operand, set[str]] = {}
     for plan in plans:
         own = wanted.setdefault(operand_of(plan.site), set())
+        if plan.dense:
+            continue
         own.update(plan.metric.needs, *(UPDATES[name].needs for name in updates))
         if plan.feed is not None:
             wanted.setdefault(operand_of(sites[plan.feed.consumer]), set()).update(plan.metric.consumer_needs)

@@ -13,14 +13,17 @@ import torch
 from torch import nn
 
 from hf_sparse import checkpoint, environment
+from hf_sparse.allot import measured_by, shares
 from hf_sparse.blockwise import Run, with_data, without_data
 from hf_sparse.calibrate import make_batches, read_calibration, ready, survey
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Samples, tokens_of
 from hf_sparse.errors import CalibrationError, ConfigError, HfSparseError, ModelError, PruningInterrupted
 from hf_sparse.families import find_sites
-from hf_sparse.plan import select, shares
-from hf_sparse.registry import METRICS
+from hf_sparse.measure import allot_
+from hf_sparse.permute import Permutations, permute_
+from hf_sparse.plan import select
+from hf_sparse.registry import METRICS, UPDATES
 from hf_sparse.report import BlockReport, Report
 from hf_sparse.sites import count_zeros, plain_name, read
 
@@ -86,9 +89,11 @@ def _prune(
     run.notes += _scan(run)
     given = config.calibration is not None
     samples = read_calibration(model, config, tokenizer, tokenizer_options) if given else None
+    permutations = Permutations()
     with ready(model):
-        _attempt(run, samples)
+        _attempt(run, samples, permutations)
     report = _report(run, samples, left, time.monotonic() - start)
+    report.permutations, report.permuted = permutations.orders, permutations.places
     checkpoint.attach(model, report)
     return report
 
@@ -132,7 +137,14 @@ def _look_around(run: Run, samples: Samples) -> None:
     """One short dense pass: which blocks run, and what feeds what."""
     entry = METRICS[run.config.metric]
     try:
-        run.survey = survey(run.model, run.inventory, samples.rows, bool(entry.consumer_needs), run.config.device)
+        run.survey = survey(
+            run.model,
+            run.inventory,
+            samples.rows,
+            bool(entry.consumer_needs) or run.config.permute,
+            run.config.device,
+            run.two_streams,
+        )
     except (HfSparseError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the model's code says about data that it cannot take
@@ -141,12 +153,13 @@ def _look_around(run: Run, samples: Samples) -> None:
             f"{type(error).__name__}: {_first_line(error)}"
         ) from error
     unreached = [run.inventory.blocks[index] for index in run.chosen if index not in run.survey.reached]
-    if unreached and (entry.needs or entry.consumer_needs):
+    if unreached and (entry.needs or entry.consumer_needs or measured_by(run.config)):
         stacks = sorted({block.stack for block in unreached})
         raise CalibrationError(
             f"the calibration data never run {len(unreached)} of the blocks to prune (in {', '.join(stacks)}); give data that do "
             f"(images for a vision tower, say), or leave them out with exclude={tuple(stack + '.*' for stack in stacks)!r}."
         )
+    _check_updates(run, samples)
     plans = [plan for block in run.inventory.blocks for plan in run.plans(block)]
     if any("ranks them as magnitude" in plan.note for plan in plans):
         message = (
@@ -157,20 +170,41 @@ def _look_around(run: Run, samples: Samples) -> None:
         run.notes.append(message)
 
 
+def _check_updates(run: Run, samples: Samples) -> None:
+    """Refuse blocks that two streams cannot prune, and warn where there are too few tokens for a Gram matrix."""
+    again = [index for index in run.chosen if any(calls.count(index) > 1 for calls in run.survey.calls.values())]
+    if run.two_streams and again:
+        raise ConfigError(
+            f"{run.inventory.blocks[again[0]].name} runs several times in one pass of the model; update={run.config.update!r} compares "
+            'each block with the dense model once. Use an update without the dense stream, such as "admm".'
+        )
+    widest = max(site.shape[1] for sites in run.chosen.values() for site in sites)
+    if samples.tokens < widest and any("gram" in UPDATES[name].needs for name in run.config.update):
+        message = (
+            f"{samples.tokens} calibration tokens cannot determine a Gram matrix of {widest} inputs; the update goes on with damping, but "
+            "more tokens (num_samples, sequence_length) would make it better."
+        )
+        warnings.warn(message, stacklevel=6)
+        run.notes.append(message)
+
+
 # ---------------------------------------------------------------------------------------------------- block by block
 
 
-def _attempt(run: Run, samples: Samples | None) -> None:
+def _attempt(run: Run, samples: Samples | None, permutations: Permutations) -> None:
     """Prune all blocks; while nothing is changed yet, running out of memory halves the batch."""
     size: int | str = run.config.batch_size
     try:
         if samples is None:
+            permute_(run, [], [], permutations)
             without_data(run, [block for block in run.inventory.blocks if block.index in run.chosen])
             return
         _look_around(run, samples)
         while True:
-            batches, run.batch_size = make_batches(samples.rows, size)
+            batches, run.batch_size = make_batches(samples.rows, size, run.token_budget)
             try:
+                allot_(run, batches)
+                permute_(run, samples.rows, batches, permutations)
                 with_data(run, batches)
                 return
             except (MemoryError, RuntimeError) as error:
@@ -181,6 +215,7 @@ def _attempt(run: Run, samples: Samples | None) -> None:
                 run.notes.append(f"memory ran out; the batch size was halved to {size}")
     except BaseException as error:
         if not run.changed:
+            permutations.undo_(run)
             raise
         # What an earlier pruning claimed is no longer true either.
         checkpoint.detach(run.model)
@@ -235,7 +270,8 @@ def _block_reports(run: Run) -> list[BlockReport]:
         empty = BlockReport(
             block.index, block.name, block.stack, zeros=0, size=0, all_matrices=0, output_error=None, seconds=0.0
         )
-        reports.append(replace(run.done.get(block.index, empty), all_matrices=sum(own.values())))
+        done = run.done.get(block.index, empty)
+        reports.append(replace(done, all_matrices=sum(own.values()), measured=run.measured.get(block.index)))
     return reports
 
 

@@ -45,7 +45,7 @@ class Recorder:
         self._tokens: dict[Operand, int] = {}
         self._present: dict[Identity, _Present] = {}
         self._batch = Batch({}, ())
-        self._names: dict[Operand, str] = {}
+        self._names = {operand_of(site): site.name for site in sites}
 
     def seen(self, operand: Operand, x: torch.Tensor, product: torch.Tensor) -> None:
         """The observer's callback."""
@@ -86,6 +86,18 @@ class Recorder:
             self.statistics[key, name] = STATISTICS[name].function(flat.shape[-1], flat.device)  # type: ignore[assignment]
         return self.statistics[key, name]
 
+    def arrived(self, operands: Sequence[Operand], x: torch.Tensor, batch: Batch) -> None:
+        """Record an input that all of `operands` will read, before the products are made; raises as `listening` does."""
+        self._batch = batch
+        for operand in operands:
+            self.seen(operand, x, x)
+        self._settle()
+
+    def _settle(self) -> None:
+        for present in self._present.values():
+            self._check(present)
+        self._present.clear()
+
     @contextmanager
     def listening(self, model: nn.Module, sites: Sequence[Site], batch: Batch) -> Iterator[None]:
         """Record one call of the block that runs inside.
@@ -93,12 +105,9 @@ class Recorder:
         Raises: CalibrationError for inputs that are not finite; it names the site and, where it can be told, the sample.
         """
         self._batch = batch
-        self._names = {operand_of(site): site.name for site in sites}
         with Observer(model, sites, self.seen):
             yield
-        for present in self._present.values():
-            self._check(present)
-        self._present.clear()
+        self._settle()
 
     def _check(self, present: "_Present") -> None:
         key, x, _ = present

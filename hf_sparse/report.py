@@ -9,7 +9,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from hf_sparse.errors import CheckpointError, HfSparseError
+from hf_sparse.errors import CheckpointError, ConfigError, HfSparseError
+from hf_sparse.patterns import Pattern
 
 FILE_NAME = "hf_sparse_report.json"
 FORMAT = 1
@@ -25,14 +26,22 @@ class SiteReport:
     block: int
     role: str | None
     shape: tuple[int, int]
-    pattern: str
+    pattern: str  # "dense" for a site that the allocation takes nothing from
     axis: str
-    metric: str  # the metric that was used, which may be the fall-back
+    metric: str  # the metric that was used, which may be the fall-back; "none" for a dense site
     zeros: int  # counted after pruning
     sparsity: float
     output_error: float | None = None  # on a sample of at most 256 tokens of the dense block's inputs
     tokens: int | None = None  # calibration tokens that reached the site
     note: str = ""  # why something else than the chosen metric or axis was used
+
+    @property
+    def fits_tensor_cores(self) -> bool:
+        """Whether 2:4 sparse tensor cores accept the pattern along this axis."""
+        try:
+            return Pattern.parse(self.pattern).fits_tensor_cores(self.axis)
+        except ConfigError:
+            return False
 
 
 @dataclass
@@ -48,6 +57,7 @@ class BlockReport:
     output_error: float | None
     seconds: float
     sites: list[SiteReport] = field(default_factory=list)
+    measured: float | None = None  # what the allocation saw in the dense block, where it looks at it
 
     @property
     def sparsity(self) -> float:
@@ -70,6 +80,11 @@ class Report:
     seconds: float
     peak_memory_bytes: int | None  # of the process, as the system counts it
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # fields of model_cards.Evaluation, measured later
+    # name of channels -> old indices in the new order: new[..., i] = dense[..., order[i]] at each of the places below
+    permutations: dict[str, list[int]] = field(default_factory=dict)
+    permuted: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # the same names -> "tensor[:, 0:64]", as numpy writes it
     format: int = FORMAT
 
     @property
@@ -222,20 +237,33 @@ def _counted(values: Iterable[str]) -> str:
     return ", ".join(f"{value} ({count})" if len(counts) > 1 else value for value, count in counts.items())
 
 
+def _tensor_cores(report: Report) -> str:
+    """Which blocks keep a pattern that hardware runs, where blocks have patterns of their own."""
+    sites = sum(site.fits_tensor_cores for site in report.sites)
+    whole = [block.name for block in report.pruned_blocks if all(site.fits_tensor_cores for site in block.sites)]
+    blocks = f"; all sites of {', '.join(whole)}" if whole else "; no block as a whole"
+    return f"a pattern of 2:4 sparse tensor cores (at most 2 of 4 along the input axis): {sites} of {len(report.sites)} sites{blocks}"
+
+
 def _lines(report: Report) -> Iterable[str]:
-    config = report.config
+    patterns = _counted(site.pattern for site in report.sites) or report.config["pattern"]
     yield (
-        f"{report.model_class}: {config['pattern']} with {config['metric']}, "
+        f"{report.model_class}: {patterns} with {report.config['metric']}, "
         f"{len(report.sites)} sites in {len(report.pruned_blocks)} blocks, "
         f"{percent(report.sparsity)} zeros in the sites, {percent(report.block_sparsity)} in all block weights"
     )
     width = max([len(block.name) for block in report.pruned_blocks], default=5)
-    yield f"{'block':<{width}}  {'sites':>5}  {'sparsity':>9}  {'output error':>12}  {'seconds':>8}  axis, metric"
+    mixed = len({site.pattern for site in report.sites}) > 1
+    last = "pattern, axis, metric" if mixed else "axis, metric"
+    yield f"{'block':<{width}}  {'sites':>5}  {'sparsity':>9}  {'output error':>12}  {'seconds':>8}  {last}"
     for block in report.pruned_blocks:
         how = f"{_counted(site.axis for site in block.sites)}; {_counted(site.metric for site in block.sites)}"
+        how = f"{_counted(site.pattern for site in block.sites)}; {how}" if mixed else how
         error = "not measured" if block.output_error is None else f"{block.output_error:.4f}"
         counted = f"{len(block.sites):>5}  {percent(block.sparsity):>9}"
         yield f"{block.name:<{width}}  {counted}  {error:>12}  {block.seconds:>8.2f}  {how}"
+    if mixed and report.config["pattern"] != "unstructured":
+        yield _tensor_cores(report)
     if report.calibration:
         data = report.calibration
         yield (

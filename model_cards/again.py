@@ -52,9 +52,14 @@ def chosen(report: Report) -> dict[str, Any]:
 def prune_command(report: Report, base: str) -> str:
     """The command line that prunes `base` in the same way."""
     words = [f"hf-sparse prune {shell_word(base or 'BASE')} DEST"]
-    for name, value in chosen(report).items():
+    fields, comment = chosen(report), ""
+    if isinstance(fields.get("allocation"), list | Mapping):  # no flag takes it
+        comment = "# sparsity_config.json holds the exact config that stands below\n"
+        words.append("--config sparsity_config.json")
+        fields = {name: value for name, value in fields.items() if value == YOUR_DATA}
+    for name, value in fields.items():
         words.extend(_flags(name, value))
-    return " \\\n  ".join(words)
+    return comment + " \\\n  ".join(words)
 
 
 def _flags(name: str, value: Any) -> list[str]:

@@ -128,7 +128,7 @@ def _card_data(report: Report, base: str, evaluations: Sequence[Evaluation], bas
     task = inherited.pop("pipeline_tag", None) or again.task(report.model_class)
     results = evaluation.results(evaluations, task)
     on_hub = _is_repository(base)
-    pattern = facts.pattern_of(report)
+    pattern = facts.pattern_name(report)
     return ModelCardData(
         base_model=base if on_hub else None,
         # The Hub knows adapter, merge, quantized and finetune. Pruning gives full weights of the same architecture and number
@@ -136,7 +136,7 @@ def _card_data(report: Report, base: str, evaluations: Sequence[Evaluation], bas
         base_model_relation="finetune" if on_hub else None,
         library_name="transformers",
         pipeline_tag=task,
-        tags=["hf_sparse", "sparse", "pruned", *([str(pattern)] if pattern else [])],
+        tags=["hf_sparse", "sparse", "pruned", *([pattern] if pattern else [])],
         model_name=clean(_title(report, base)) if results else None,
         eval_results=results or None,
         **inherited,
@@ -178,7 +178,7 @@ def _inherited(card: str | None) -> dict[str, Any]:
 
 
 def _title(report: Report, base: str) -> str:
-    pattern = facts.pattern_of(report)
+    pattern = facts.pattern_name(report)
     return f"{facts.short_name(base) or report.model_class or 'model'}, {pattern or 'pruned'}{' sparse' if pattern else ''}"
 
 
@@ -197,7 +197,7 @@ def _told(report: Report, base: str) -> dict[str, Any]:
     return {
         "base": code(given) if given else "a model made in memory",
         "model_class": code(report.model_class),
-        "pattern": code(config.get("pattern")),
+        "pattern": code(facts.pattern_name(report) or config.get("pattern")),
         "pattern_words": facts.pattern_words(report),
         "axes": facts.axes(sites),
         "metrics": facts.counts(site.metric for site in sites),
@@ -222,7 +222,7 @@ def _told(report: Report, base: str) -> dict[str, Any]:
         "load": fenced(again.load_snippet(report), "python"),
         "data_placeholder": again.YOUR_DATA if again.chosen(report).get("calibration") == again.YOUR_DATA else None,
         "versions": [(plain(name), plain(value)) for name, value in report.versions.items()],
-        "tensor_core_sites": sum(facts.fits_tensor_cores(site) for site in sites),
+        "tensor_core_sites": sum(site.fits_tensor_cores for site in sites),
         "input_sites": sum(site.axis == "input" for site in sites),
         "output_sites": sum(site.axis == "output" for site in sites),
         "is_n_m": (pattern := facts.pattern_of(report)) is not None and pattern.group is not None,

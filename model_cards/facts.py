@@ -52,6 +52,18 @@ def pattern_of(report: Report) -> Pattern | None:
         return None
 
 
+def pattern_name(report: Report) -> str:
+    """The pattern in one word, "N:8" where every site has an N of its own; empty where it cannot be read."""
+    pattern = pattern_of(report)
+    if pattern is None or pattern.group is None or not _differs(report):
+        return str(pattern or "")
+    return f"N:{pattern.group}"
+
+
+def _differs(report: Report) -> bool:
+    return len({site.pattern for site in report.sites}) > 1
+
+
 def pattern_words(report: Report) -> str:
     """What the pattern means."""
     pattern = pattern_of(report)
@@ -59,6 +71,11 @@ def pattern_words(report: Report) -> str:
         return "a pattern that this version does not know"
     if pattern.group is None:
         return "no fixed places, the lowest scores go"
+    if _differs(report):
+        return (
+            f"of every {pattern.group} consecutive weights as many are kept as the site's own pattern says: "
+            + counts(site.pattern for site in report.sites)
+        )
     return f"of every {pattern.group} consecutive weights {pattern.keep} {'is' if pattern.keep == 1 else 'are'} kept"
 
 
@@ -155,17 +172,6 @@ def cut(items: list[str]) -> list[str]:
     """The first items of a list and how many were left away."""
     more = len(items) - _LIST_AT_MOST
     return items if more <= 0 else [*items[:_LIST_AT_MOST], f"and {more} more, see `hf_sparse_report.json`"]
-
-
-def fits_tensor_cores(site: SiteReport) -> bool:
-    """Whether no aligned four weights of a row keep more than two, as sparse tensor cores need it."""
-    try:
-        pattern = Pattern.parse(site.pattern)
-    except ConfigError:
-        return False
-    if site.axis != "input" or pattern.group is None or pattern.keep is None:
-        return False
-    return (pattern.keep <= 2 and pattern.group % 4 == 0) or (pattern.keep, pattern.group) == (1, 2)
 
 
 def recounted(report: Report, model_config: Mapping[str, Any] | None) -> str | None:

@@ -35,8 +35,25 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"pattern": None}, ("None", "2:4")),
     ({"allocation": "uniformly"}, ("allocation 'uniformly'", "Did you mean 'uniform'?")),
     ({"allocation": None}, ("allocation None", "'uniform'")),
-    ({"allocation": [0.5, 0.6]}, ("not available", "'uniform'")),
-    ({"allocation": {"*.mlp.*": 0.5}}, ("not available", "'uniform'")),
+    ({"allocation": []}, ("allocation=[]", "empty")),
+    ({"allocation": {}}, ("allocation={}", "empty")),
+    ({"allocation": {0.5}}, ("allocation {0.5}", "'uniform'")),
+    ({"allocation": {"": 0.5}}, ("key ''", "globs")),
+    ({"allocation": {1: 0.5}}, ("key 1", "globs")),
+    ({"allocation": [0, 0.0]}, ("dense", "above 0")),
+    *(({**HALF, "allocation": [0.5, value]}, (f"allocation[1]={value!r}", "from 0")) for value in
+      (1, 1.0, -0.1, NAN, INF, True, "0.5", None, 10**400)),
+    ({"allocation": {"*.mlp.*": 1.5}}, ("allocation['*.mlp.*']=1.5", "from 0")),
+    ({"allocation": [0.5, 0.6]}, ("allocation[1]=0.6", "'2:4'", "0.5 or 0.75")),
+    ({"allocation": {"*": 0.8}}, ("allocation['*']=0.8", "whole number of every 4", "0.75")),
+    ({"pattern": "unstructured", "allocation": "owl"}, ("needs sparsity",)),
+    ({"pattern": "4:8", "allocation": "atp", "sparsity": 0.9}, ("sparsity=0.9", "at most 0.875")),
+    ({"pattern": "4:8", "sparsity": 0.625}, ("sparsity=0.625", "other than uniform")),
+    ({"allocation": [0.5], "sparsity": 1}, ("sparsity=1", "below 1")),
+    ({"options": {"atp": {"steps": 0.1}}}, ("'steps'", "Did you mean 'step'?")),
+    *(({"options": {"atp": {"step": value}}}, (f"atp.step={value!r}", "from -1 to 1")) for value in (2, -1.5, "up", NAN, True)),
+    *(({"options": {"owl": {"limit": value}}}, (f"owl.limit={value!r}", "from 0 to 0.5")) for value in (0.6, -0.1, None, NAN)),
+    ({"options": {"owl": {"threshold": -1}}}, ("owl.threshold=-1", "from 0")),
     ({"update": "non"}, ("update 'non'", "Did you mean 'none'?")),
     ({"update": ["none", "foo"]}, ("update 'foo'", "'none'")),
     ({"update": None}, ("update=None", "list of names")),
@@ -52,7 +69,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
       (0, 0.0, 1, 1.0, 1.5, -0.1, NAN, INF, -INF, True, "0.5", 10**400, [0.5], 0.5j)),
     ({"sparsity": 0.6}, ("sparsity=0.6", "'2:4'", "0.5")),
     ({"pattern": "1:4", "sparsity": 0.25}, ("sparsity=0.25", "'1:4'", "0.75")),
-    ({"permute": True}, ("permute=True", "not available", "False")),
+    ({"permute": True, "pattern": "unstructured", "sparsity": 0.5}, ("permute=True", "unstructured", "False")),
     ({"permute": "no"}, ("permute='no'", "False")),
     ({"predictor": PredictorConfig()}, ("not available", "predictor=None")),
     ({"predictor": {"kind": "oracle"}}, ("not available", "predictor=None")),
@@ -124,6 +141,8 @@ PATTERNS = st.one_of(
 OPTIONS = st.fixed_dictionaries(
     {},
     optional={
+        "atp": st.fixed_dictionaries({}, optional={"step": st.one_of(st.none(), st.floats(-1, 1))}),
+        "owl": st.fixed_dictionaries({}, optional={"limit": st.floats(0, 0.5), "threshold": st.floats(0, 100)}),
         "dass": st.fixed_dictionaries({}, optional={"exponent": st.floats(0, 4)}),
         "ria": st.fixed_dictionaries({}, optional={"exponent": st.integers(0, 4)}),
         "unstructured": st.fixed_dictionaries({"rounding": st.sampled_from(["exact", "truncate"])}),
@@ -146,7 +165,19 @@ OTHERS = st.fixed_dictionaries(
         "calibration": st.sampled_from([None, "text.jsonl", "user/name:subset:split"]),
     },
 )
-CONFIGS = st.builds(lambda pattern, others: SparsityConfig(**pattern, **others), PATTERNS, OTHERS)
+EIGHTHS = st.integers(1, 7).map(lambda count: count / 8)
+GIVEN = st.one_of(
+    st.lists(EIGHTHS, min_size=1, max_size=4),
+    st.lists(EIGHTHS, min_size=1, max_size=4).map(tuple),
+    st.dictionaries(st.sampled_from(["*", "*.mlp.*", "*.0.*", "model.layers.1.mlp.up_proj"]), EIGHTHS, min_size=1),
+)
+ALLOCATED = st.one_of(
+    st.builds(lambda pattern, given: {**pattern, "allocation": given},
+              st.sampled_from([{"pattern": "unstructured"}, HALF, {"pattern": "4:8"}, {"pattern": "2:8", "sparsity": 0.5}]), GIVEN),
+    st.builds(lambda name, sparsity: {"pattern": "2:8", "sparsity": sparsity, "allocation": name},
+              st.sampled_from(["atp", "owl"]), st.one_of(st.none(), st.floats(0.01, 0.87))),
+)  # fmt: skip
+CONFIGS = st.builds(lambda pattern, others: SparsityConfig(**pattern, **others), st.one_of(PATTERNS, ALLOCATED), OTHERS)
 
 
 @given(config=CONFIGS)
@@ -226,6 +257,10 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
         ({"targets": "model.layers.0.mlp.up_proj"}, "targets", ("model.layers.0.mlp.up_proj",)),
         ({"exclude": "*.q_proj"}, "exclude", ("*.q_proj",)),
         ({"device": torch.device("cuda", 1)}, "device", "cuda:1"),
+        ({"allocation": [0, 0.5]}, "allocation", (0.0, 0.5)),
+        ({"allocation": {"*": 0.5}}, "allocation", {"*": 0.5}),
+        ({"pattern": "4:8", "allocation": "atp"}, "target", 0.5),
+        ({"pattern": "4:8", "allocation": "atp", "sparsity": 0.625}, "target", 0.625),
     ],
 )
 def test_fields_are_brought_to_one_form(fields: dict[str, Any], name: str, value: object) -> None:
@@ -280,6 +315,29 @@ def test_a_metric_that_looks_at_activations_asks_for_data(metric: str) -> None:
     assert repr(metric) in str(caught.value)
     SparsityConfig(metric=metric, calibration=["text"]).check_calibration()
     SparsityConfig(metric="magnitude").check_calibration()
+
+
+def test_an_allocation_that_looks_at_activations_asks_for_data() -> None:
+    with pytest.raises(
+        CalibrationError, match="allocation 'owl' looks at activations and needs calibration="
+    ) as caught:
+        SparsityConfig(metric="magnitude", allocation="owl").check_calibration()
+    assert 'allocation="uniform"' in str(caught.value)
+    SparsityConfig(metric="magnitude", allocation="owl", calibration=["text"]).check_calibration()
+    SparsityConfig(metric="magnitude", allocation="atp").check_calibration()
+    SparsityConfig(metric="magnitude", allocation=[0.5]).check_calibration()
+
+
+def test_resolving_keeps_a_given_allocation_and_fills_in_the_options_of_a_named_one() -> None:
+    for allocation in ((0.25, 0.5), {"*.mlp.*": 0.25, "*": 0.5}):
+        resolved = SparsityConfig(allocation=allocation).resolved()
+        assert (resolved.allocation, resolved.sparsity) == (allocation, None)
+        with pytest.raises(ConfigError, match="sizes"):
+            _ = resolved.target
+    resolved = SparsityConfig(allocation="owl", options={"owl": {"limit": 0.1}}).resolved()
+    assert resolved.options["owl"] == {"threshold": 5.0, "limit": 0.1}
+    assert resolved.sparsity == 0.5
+    assert SparsityConfig(allocation="atp").resolved().options["atp"] == {"step": None}
 
 
 def test_of_takes_objects_dicts_and_paths(tmp_path: Path) -> None:

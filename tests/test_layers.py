@@ -17,10 +17,10 @@ LINES_AT_MOST = 300
 FLOORS = {
     7: "cli __main__",
     6: "hooks search stream trainer_callbacks",
-    5: "prune blockwise apply reconstruct permute hub evaluate predictors",
-    4: "calibrate record checkpoint embedded model_cards",
+    5: "prune lockstep streams blockwise measure apply reconstruct permute hub evaluate predictors",
+    4: "calibrate wiring snapshot record checkpoint embedded model_cards",
     3: "families metrics normal_equations allocations patterns updates storage runtime native "
-    "groups blocks replace forwards offload observe statistics report plot config plan adapters",
+    "groups blocks replace forwards offload observe statistics report plot config plan allot adapters",
     2: "sites registry data stdlib_text",
     1: "errors environment",
 }

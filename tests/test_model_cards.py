@@ -23,7 +23,6 @@ from hf_sparse.errors import CheckpointError
 from hf_sparse.report import BlockReport, Report, SiteReport
 from model_cards import Evaluation, SparseModelCard, write_card
 from model_cards.escape import clean, code, fenced, json_text, plain, python_literal, shell_word
-from model_cards.facts import fits_tensor_cores
 from model_cards.merge import BEGIN, END, section_of
 
 MEASURED = Evaluation(10.5, 12.25, window=512, stride=256, text="wikitext", fingerprint="cafe", tokens=4096)
@@ -165,7 +164,28 @@ def test_picture_files_command_and_later_training() -> None:
      ("3:4", "input", False), ("2:4", "output", False), ("unstructured", "site", False), ("odd", "input", False)],
 )  # fmt: skip
 def test_what_tensor_cores_accept(pattern: str, axis: str, fits: bool) -> None:
-    assert fits_tensor_cores(make_site(0, "q", pattern=pattern, axis=axis)) is fits
+    assert make_site(0, "q", pattern=pattern, axis=axis).fits_tensor_cores is fits
+
+
+@pytest.mark.parametrize("allocation", [[0.5, 0.75], {"*": 0.5, "*.1.*": 0.75}])
+def test_a_pattern_for_each_block_is_told_and_repeated_from_a_file(allocation: Any) -> None:
+    report = make_report(config=SparsityConfig(allocation=allocation, calibration="my.jsonl"))
+    report.blocks[1].sites = [dataclasses.replace(site, pattern="1:4") for site in report.blocks[1].sites]
+    card = card_of(report)
+    assert (
+        "| Pattern | `N:4`: of every 4 consecutive weights as many are kept as the site's own pattern says: `2:4` (2 sites), `1:4` (2 sites) |"
+        in card.text
+    )
+    assert "2 of 4 sites keep at most two" in card.text
+    assert card.data.tags == ["hf_sparse", "sparse", "pruned", "N:4"]
+    command = block_of(card.text, "bash")
+    assert shlex.split(command.replace("\\\n", " "), comments=True) == [
+        "hf-sparse", "prune", "someone/base", "DEST", "--config", "sparsity_config.json",
+    ]  # fmt: skip
+    assert SparsityConfig.from_dict(json.loads(block_of(card.text, "json"))) == SparsityConfig(
+        allocation=allocation, calibration="my.jsonl"
+    )
+    assert f"allocation={allocation!r}" in card.text.replace('"', "'")
 
 
 def test_unstructured_gains_nowhere() -> None:

@@ -1,7 +1,6 @@
 """What to prune and how."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 import hf_sparse.allocations
 import hf_sparse.metrics
 import hf_sparse.updates  # noqa: F401  (importing the three packages fills the registries)
+from hf_sparse.config.allocation import check_allocation, plain_allocation
 from hf_sparse.config.options import check_option
 from hf_sparse.config.predictor import PredictorConfig
-from hf_sparse.config.serialise import Serialisable, known_version, mapping, share, whole
+from hf_sparse.config.serialise import Serialisable, known_version, mapping, whole
 from hf_sparse.errors import CalibrationError, ConfigError, unknown
 from hf_sparse.patterns import AXES, Pattern
 from hf_sparse.registry import ALLOCATIONS, METRICS, UPDATES
@@ -27,10 +27,14 @@ class SparsityConfig(Serialisable):
     """How to prune a model. Fields are checked when the object is made; ConfigError says what is allowed."""
 
     pattern: str = "2:4"  # "unstructured" or "N:M": N of every M consecutive weights are kept
-    sparsity: float | None = None  # share dropped; needed for "unstructured", follows from N:M otherwise
+    # share dropped; needed for "unstructured", follows from N:M with a uniform allocation, else the average over all weights;
+    # a list or mapping as allocation gives it by itself
+    sparsity: float | None = None
     axis: str = "auto"  # where weights compete: "input", "output", "site"; "auto": as the metric was published
     metric: str = "dass"
-    allocation: str | tuple[float, ...] | Mapping[str, float] = "uniform"  # one sparsity per block
+    # a name; or one sparsity for each block with targeted sites, in the model's order; or a mapping from globs over site names,
+    # of which the longest that matches a site decides. 0 leaves dense. With N:M every block or site gets an N of its own.
+    allocation: str | tuple[float, ...] | Mapping[str, float] = "uniform"
     update: str | tuple[str, ...] = "none"  # new values for the kept weights; several are applied in order
     permute: bool = False  # reorder channels so that N:M groups lose less
     targets: str | tuple[str, ...] = "all"  # "all", "mlp", "attention" or globs over site names
@@ -49,7 +53,8 @@ class SparsityConfig(Serialisable):
     def __post_init__(self) -> None:
         pattern = Pattern.parse(self.pattern)
         METRICS[self.metric]
-        self._check_allocation(pattern)
+        object.__setattr__(self, "allocation", plain_allocation(self.allocation))
+        check_allocation(self.allocation, self.sparsity, pattern)
         self._normalise()
         for name in self.update:
             UPDATES[name]
@@ -57,8 +62,12 @@ class SparsityConfig(Serialisable):
             raise ConfigError(unknown("axis", self.axis, (*AXES, "auto")))
         if self.axis == "site" and pattern.group is not None:
             raise ConfigError(f'axis="site" has no groups for pattern {self.pattern!r}; give "input" or "output".')
-        if self.permute is not False:
-            raise ConfigError(f"permute={self.permute!r} is not available in this version; leave it False.")
+        if not isinstance(self.permute, bool):
+            raise ConfigError(f"permute={self.permute!r} is not allowed; give True or False.")
+        if self.permute and pattern.group is None:
+            raise ConfigError(
+                'permute=True reorders channels for the groups of N:M; pattern="unstructured" has none, leave it False.'
+            )
         if self.predictor is not None:
             raise ConfigError("contextual predictors are not available in this version; leave predictor=None.")
         whole("num_samples", self.num_samples, 1)
@@ -99,27 +108,6 @@ class SparsityConfig(Serialisable):
             ) from error
         object.__setattr__(self, "device", str(device))
 
-    def _check_allocation(self, pattern: Pattern) -> None:
-        if isinstance(self.allocation, list | tuple | Mapping):
-            raise ConfigError(
-                "an allocation given as a list or mapping is not available in this version; give 'uniform'."
-            )
-        ALLOCATIONS[self.allocation]
-        if self.sparsity is None:
-            if pattern.sparsity is None:
-                raise ConfigError('pattern="unstructured" needs sparsity, the share to drop, such as sparsity=0.5.')
-            return
-        share("sparsity", self.sparsity)
-        if (
-            pattern.sparsity is not None
-            and self.allocation == "uniform"
-            and not math.isclose(self.sparsity, pattern.sparsity)
-        ):
-            raise ConfigError(
-                f"sparsity={self.sparsity} contradicts pattern={self.pattern!r}, which drops {pattern.sparsity:g} of "
-                "every group; leave sparsity out, or choose another pattern."
-            )
-
     def _check_options(self) -> None:
         allowed = {*_OPTION_GROUPS, *(entry.name for registry in (METRICS, ALLOCATIONS, UPDATES) for entry in registry)}
         for group, given in mapping("options", self.options).items():
@@ -137,7 +125,7 @@ class SparsityConfig(Serialisable):
                     "option unstructured.rounding:", self.options_of("unstructured")["rounding"], ("exact", "truncate")
                 )
             )
-        for entry in (*METRICS, *UPDATES):
+        for entry in (*METRICS, *ALLOCATIONS, *UPDATES):
             for key, value in self.options_of(entry.name).items():
                 check_option(entry, key, value)
 
@@ -155,12 +143,16 @@ class SparsityConfig(Serialisable):
         raise ConfigError(unknown("options for", name, ()))
 
     def check_calibration(self) -> None:
-        """Raises CalibrationError where the metric or an update looks at activations and no data are named."""
+        """Raises CalibrationError where metric, allocation or an update looks at activations and no data are named."""
         if self.calibration is not None:
             return
-        for kind, entry in (("metric", METRICS[self.metric]), *(("update", UPDATES[name]) for name in self.update)):
+        parts = [("metric", METRICS[self.metric]), *(("update", UPDATES[name]) for name in self.update)]
+        if isinstance(self.allocation, str):
+            parts.append(("allocation", ALLOCATIONS[self.allocation]))
+        simplest = {"metric": "magnitude", "update": "none", "allocation": "uniform"}
+        for kind, entry in parts:
             if entry.needs or entry.consumer_needs or entry.traits.get("runs_blocks"):
-                way_out = 'metric="magnitude"' if kind == "metric" else 'update="none"'
+                way_out = f'{kind}="{simplest[kind]}"'
                 raise CalibrationError(
                     f"{kind} {entry.name!r} looks at activations and needs calibration=... (texts, token ids, a data set "
                     f"or a path); or use {way_out}, which needs none."
@@ -171,14 +163,16 @@ class SparsityConfig(Serialisable):
         used = (self.metric, self.allocation, *self.update, *_OPTION_GROUPS)
         filled = {name: self.options_of(name) for name in used if isinstance(name, str)}
         options = {name: given for name, given in {**self.options, **filled}.items() if given}
-        return dataclasses.replace(self, options=options, sparsity=self.target)
+        sparsity = self.target if isinstance(self.allocation, str) else self.sparsity
+        return dataclasses.replace(self, options=options, sparsity=sparsity)
 
     @property
     def target(self) -> float:
-        """The share of weights to drop, from the pattern where sparsity is not given."""
-        share = self.sparsity if self.sparsity is not None else Pattern.parse(self.pattern).sparsity
+        """The share of weights to drop, from the pattern where sparsity is not given; a list or mapping needs the sites' sizes."""
+        given = isinstance(self.allocation, str) and self.sparsity is None
+        share = Pattern.parse(self.pattern).sparsity if given else self.sparsity
         if share is None:
-            raise ConfigError('pattern="unstructured" needs sparsity.')
+            raise ConfigError("the sparsity follows from the allocation and the sizes of the sites.")
         return share
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,6 +184,10 @@ class SparsityConfig(Serialisable):
             for name in ("targets", "exclude", "update")
         }
         listed["update"] = self.update[0] if len(self.update) == 1 else list(self.update)
+        given = self.allocation
+        listed["allocation"] = (
+            list(given) if isinstance(given, tuple) else dict(given) if isinstance(given, Mapping) else given
+        )
         return {
             **values,
             **listed,

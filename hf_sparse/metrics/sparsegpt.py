@@ -7,7 +7,13 @@ from hf_sparse.normal_equations import factor
 from hf_sparse.registry import METRICS
 
 
-@METRICS.register("sparsegpt", source="arXiv 2301.00774, section 3", needs=("gram",), options={"damping": 0.01})
+@METRICS.register(
+    "sparsegpt",
+    source="arXiv 2301.00774, section 3",
+    needs=("gram",),
+    unstructured_axis="site",
+    options={"damping": 0.01},
+)
 def sparsegpt(weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     """Squared weight over its entry of the inverse Hessian; with update="sparsegpt" chosen inside the sweep instead.
 

@@ -44,6 +44,16 @@ class Pattern:
         """The share dropped by full groups; None where the pattern does not say."""
         return None if self.group is None or self.keep is None else 1 - self.keep / self.group
 
+    def dropping(self, sparsity: float) -> "Pattern":
+        """The same M with the N that drops this share, M itself where it drops nothing; unstructured stays as it is."""
+        return self if self.group is None else Pattern(round(self.group * (1 - sparsity)), self.group)
+
+    def fits_tensor_cores(self, axis: str) -> bool:
+        """Whether no aligned four weights of a row keep more than two, as sparse tensor cores need it."""
+        if axis != "input" or self.group is None or self.keep is None:
+            return False
+        return (self.keep <= 2 and self.group % 4 == 0) or (self.keep, self.group) == (1, 2)
+
     def mask(self, scores: torch.Tensor, sparsity: float, axis: str, rounding: str = "exact") -> torch.Tensor:
         """A bool mask (out, in), True keeps. Equal scores: the lower index is dropped first.
 

@@ -52,19 +52,42 @@ class Problem:
 
     def choose_some(self, scores: torch.Tensor, first: int) -> torch.Tensor:
         """The mask of some columns, `first` and those behind it, so that all such pieces together drop what is due."""
-        masks = []
-        for part in self.parts:
-            own = scores[part.start : part.stop]
-            due = [round(part.sparsity * len(own) * end) for end in (first, first + own.shape[1])]
-            masks.append(_mask(part, own, (due[1] - due[0]) / own.numel()))
-        return torch.cat(masks)
+        width = self.target.shape[1]
+        return torch.cat([_some(part, scores[part.start : part.stop], first, width) for part in self.parts])
 
 
 def _mask(part: Part, scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     return part.pattern.mask(scores, sparsity, part.axis, part.rounding)
 
 
-Solution = tuple[torch.Tensor, torch.Tensor]  # weight, mask
+def _some(part: Part, scores: torch.Tensor, first: int, width: int) -> torch.Tensor:
+    """The mask of the columns from `first` on, of `width` in all; what all pieces drop adds up to the counts of the whole."""
+    if part.pattern.group is not None:
+        return _mask(part, scores, part.sparsity)
+    rows, last, exact = len(scores), first + scores.shape[1], part.rounding == "exact"
+    due = round(part.sparsity * (rows * width))
+    if part.axis != "input":
+        lines = width if part.axis == "output" else 1
+        total = due if exact else lines * int(rows * width // lines * part.sparsity)
+        return part.pattern.mask(scores, _between(total, first, last, width) / scores.numel(), part.axis)
+    share, more = divmod(due, rows) if exact else (int(width * part.sparsity), 0)
+    # The first rows drop one more in all. If each piece shared out its own odd ones, they would drop one more in every piece.
+    halves = ((scores[:more], share + 1), (scores[more:], share))
+    return torch.cat(
+        [
+            part.pattern.mask(half, _between(count, first, last, width) / half.shape[1], part.axis)
+            for half, count in halves
+            if len(half)
+        ]
+    )
+
+
+def _between(total: int, first: int, last: int, width: int) -> int:
+    """The share of a total that falls to columns `first` to `last`; consecutive shares add up to the total."""
+    return total * last // width - total * first // width
+
+
+Solution = tuple[torch.Tensor, torch.Tensor | None]  # weight, mask; None where it is left to the updates behind
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

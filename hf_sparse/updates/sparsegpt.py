@@ -3,6 +3,8 @@
 Frantar and Alistarh, arXiv 2301.00774, sections 3.2 and 3.3.
 """
 
+from math import lcm
+
 import torch
 
 from hf_sparse.normal_equations import inverse_factor
@@ -13,14 +15,10 @@ _BLOCK = 128  # inputs after which the update of all later ones is caught up
 
 
 def _piece(problem: Problem, block: int) -> int:
-    """How many inputs get their mask at once: a whole group of N:M, one column of the output axis, else a block."""
-    axes = {part.axis for part in problem.parts}
-    groups = {part.pattern.group for part in problem.parts}
-    if groups == {None} or problem.mask is not None:
+    """How many inputs get their mask at once: whole groups of N:M, one column of the output axis, else a block."""
+    if problem.mask is not None or all(part.pattern.group is None for part in problem.parts):
         return block
-    if axes == {"input"} and len(groups) == 1:
-        return int(groups.pop() or 1)
-    return 1
+    return lcm(*(part.pattern.group for part in problem.parts if part.axis == "input" and part.pattern.group))
 
 
 @UPDATES.register(
