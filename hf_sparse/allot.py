@@ -43,11 +43,7 @@ def shares(
     As long as nothing is `measured`, block by block, an allocation that needs it is stood in for by the uniform one.
     Raises: ConfigError where the allocation does not fit the model.
     """
-    found = {
-        block.index: BlockSize(block.name, block.stack, {site.name: site.size for site in chosen[block.index]})
-        for block in inventory.blocks
-        if block.index in chosen
-    }
+    found = block_sizes(inventory, chosen)
     pattern, blocks = Pattern.parse(config.pattern), list(found.values())
     if not isinstance(config.allocation, str):
         allotted = _given(config, blocks, pattern)
@@ -55,11 +51,26 @@ def shares(
     entry = ALLOCATIONS[config.allocation]
     if measured is not None:
         blocks = [replace(block, measured=measured[index]) for index, block in found.items()]
-    elif measured_by(config):
-        return {site: config.target for block in blocks for site in block.sites}
-    allotted = entry.function(config.target, blocks, **config.options_of(entry.name))  # type: ignore[assignment]
-    if pattern.group is not None:
-        return whole_groups(allotted, blocks, config.target, pattern.group)
+    elif measured_by(config) or config.searches:
+        return settled(config, {site: config.target for block in blocks for site in block.sites}, blocks)
+    found_shares: Shares = entry.function(config.target, blocks, **config.options_of(entry.name))  # type: ignore[assignment]
+    return settled(config, found_shares, blocks)
+
+
+def block_sizes(inventory: Inventory, chosen: Mapping[int, list[Site]]) -> dict[int, BlockSize]:
+    """The blocks to prune as an allocation sees them, by index."""
+    return {
+        block.index: BlockSize(block.name, block.stack, {site.name: site.size for site in chosen[block.index]})
+        for block in inventory.blocks
+        if block.index in chosen
+    }
+
+
+def settled(config: SparsityConfig, allotted: Shares, blocks: Sequence[BlockSize]) -> Shares:
+    """Shares in whole weights, or in a whole N for each block, that meet the target of the configuration."""
+    group = Pattern.parse(config.pattern).group
+    if group is not None:
+        return whole_groups(allotted, blocks, config.target, group)
     return _whole_weights(config, allotted, blocks, config.target)
 
 

@@ -72,7 +72,7 @@ def evaluate(
     )  # fmt: skip
     _refuse_same(model, samples, same_text_allowed)
     rows = samples.rows[:max_windows] if max_windows else samples.rows
-    kind = _kind(unwrap(model), rows[0])
+    kind = loss_kind(unwrap(model), rows[0])
     if stride is not None and samples.kind not in ("text", "stream"):
         raise ConfigError(
             f"stride={stride} needs one long text to cut; {samples.source} holds samples that are cut already."
@@ -101,7 +101,8 @@ def _refuse_same(model: nn.Module, samples: Samples, allowed: bool) -> None:
         )
 
 
-def _kind(model: nn.Module, row: Sample) -> str:
+def loss_kind(model: nn.Module, row: Sample) -> str:
+    """What is measured for a model on such data: "perplexity", "masked loss" or "loss"."""
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     generates = callable(getattr(model, "can_generate", None)) and model.can_generate()  # type: ignore[operator]
     if generates and not encoder_decoder and "input_ids" in row:
@@ -126,16 +127,23 @@ def _mean_loss(
     for number, batch in enumerate(
         transformers_logging.tqdm(batches(rows, size), desc="Evaluating", unit="batch", leave=False)
     ):
-        if kind == "perplexity":
-            summed, counted = _token_losses(model, batch, stride, first=number == 0)
-        elif kind == "masked loss":
+        if kind == "masked loss":
             summed, counted = _masked_losses(model, batch, generator, mask_id)
         else:
-            summed, counted = _own_loss(model, batch)
+            summed, counted = batch_loss(model, batch, kind, stride, first=number == 0)
         total, tokens = total + summed, tokens + counted
     if not tokens:
         raise CalibrationError("the data hold nothing to predict; give longer text.")
     return total / tokens, tokens
+
+
+def batch_loss(
+    model: nn.Module, batch: Batch, kind: str, stride: int | None = None, first: bool = True
+) -> tuple[float, int]:
+    """Summed loss of one batch and over how many tokens (or samples): cross entropy of tokens, or the model's own loss."""
+    if kind == "perplexity":
+        return _token_losses(model, batch, stride, first)
+    return _own_loss(model, batch)
 
 
 def _token_losses(model: nn.Module, batch: Batch, stride: int | None, first: bool) -> tuple[float, int]:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours: told apart by colour-blind readers and in print; a sixth stack starts anew.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-_INK, _GRID = "#333333", "#DDDDDD"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+INK, GRID = "#333333", "#DDDDDD"
 _LONGEST_NAME = 60
 _LOG_FROM = 100  # largest over smallest error from which a linear axis hides the small ones
 
@@ -28,19 +28,13 @@ def plot_report(report: Report, path: Path) -> Path:
 
     Raises: HfSparseError where matplotlib is not installed or does not know the suffix.
     """
-    figure = _new_figure()
-    kind = path.suffix.lstrip(".").lower() or "png"
-    known = figure.canvas.get_supported_filetypes()
-    if kind not in known:
-        raise HfSparseError(f"a plot cannot be written as {path.suffix!r}; allowed: {', '.join(sorted(known))}.")
+    figure = new_figure(path)
     _draw(figure, report)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=kind, dpi=150)
-    write_whole(path, picture.getvalue())
-    return path
+    return save_figure(figure, path)
 
 
-def _new_figure() -> "Figure":
+def new_figure(path: Path, size: tuple[float, float] = (9, 6)) -> "Figure":
+    """An empty figure of `size` inches that `path` can take; raises HfSparseError as `plot_report` does."""
     try:
         # These need no display and keep no state, unlike pyplot.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -48,16 +42,31 @@ def _new_figure() -> "Figure":
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise HfSparseError("plots need matplotlib, which is not installed: pip install hf-sparse[plots].") from error
-    figure = Figure(figsize=(9, 6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08), facecolor="white")
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08), facecolor="white")
     FigureCanvasAgg(figure)
+    known = figure.canvas.get_supported_filetypes()
+    if _kind(path) not in known:
+        raise HfSparseError(f"a plot cannot be written as {path.suffix!r}; allowed: {', '.join(sorted(known))}.")
     return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> Path:
+    """Write a figure whole, in the format of the path's suffix (PNG without one), and return the path."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=_kind(path), dpi=150)
+    write_whole(path, picture.getvalue())
+    return path
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lstrip(".").lower() or "png"
 
 
 def _draw(figure: "Figure", report: Report) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True)
-    figure.suptitle(_title(report), fontsize=12, fontweight="bold", color=_INK, parse_math=False)
+    figure.suptitle(_title(report), fontsize=12, fontweight="bold", color=INK, parse_math=False)
     stacks = list(dict.fromkeys(block.stack for block in report.pruned_blocks))
-    colours = {stack: _COLOURS[number % len(_COLOURS)] for number, stack in enumerate(stacks)}
+    colours = {stack: COLOURS[number % len(COLOURS)] for number, stack in enumerate(stacks)}
     for axes in (upper, lower):
         _style(axes, report.pruned_blocks)
     _draw_sparsity(upper, report, colours)
@@ -68,12 +77,12 @@ def _draw(figure: "Figure", report: Report) -> None:
 
 
 def _title(report: Report) -> str:
-    name = _printable(os.path.basename(report.model.rstrip("/\\")) or report.model_class)
-    pattern, metric = (_printable(str(report.config.get(key, "unknown"))) for key in ("pattern", "metric"))
+    name = printable(os.path.basename(report.model.rstrip("/\\")) or report.model_class)
+    pattern, metric = (printable(str(report.config.get(key, "unknown"))) for key in ("pattern", "metric"))
     return f"{name}\npattern {pattern}, metric {metric}"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """One line of bounded length: a name comes from a file and may hold anything."""
     line = "".join(letter if letter.isprintable() else " " for letter in text)
     return line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - 1]}…"
@@ -84,8 +93,8 @@ def _style(axes: "Axes", blocks: Sequence[BlockReport]) -> None:
 
     axes.set_facecolor("white")
     axes.set_axisbelow(True)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.tick_params(colors=_INK)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.tick_params(colors=INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for left, right in pairwise(blocks):
@@ -100,7 +109,7 @@ def _draw_sparsity(axes: "Axes", report: Report, colours: dict[str, str]) -> Non
     axes.set_ylabel("sparsity of the sites (%)")
     axes.set_ylim(0, 100)
     if not report.pruned_blocks:
-        _say(axes, "no block was pruned")
+        say(axes, "no block was pruned")
         return
     heights = [100 * block.sparsity for block in report.pruned_blocks]
     axes.bar(
@@ -109,8 +118,8 @@ def _draw_sparsity(axes: "Axes", report: Report, colours: dict[str, str]) -> Non
         width=0.8,
         color=[colours[b.stack] for b in report.pruned_blocks],
     )
-    axes.axhline(100 * report.sparsity, color=_INK, linewidth=1, linestyle="--")
-    _remark(axes, f"dashed: all sites, {100 * report.sparsity:.2f} %")
+    axes.axhline(100 * report.sparsity, color=INK, linewidth=1, linestyle="--")
+    remark(axes, f"dashed: all sites, {100 * report.sparsity:.2f} %")
 
 
 def _draw_errors(axes: "Axes", blocks: Sequence[BlockReport], colours: dict[str, str]) -> None:
@@ -118,7 +127,7 @@ def _draw_errors(axes: "Axes", blocks: Sequence[BlockReport], colours: dict[str,
     errors = [b.output_error for b in blocks if b.output_error is not None and math.isfinite(b.output_error)]
     if not errors:
         axes.set_yticks([])
-        _say(axes, "not measured")
+        say(axes, "not measured")
         return
     for stack, colour in colours.items():
         own = [block for block in blocks if block.stack == stack]
@@ -129,14 +138,14 @@ def _draw_errors(axes: "Axes", blocks: Sequence[BlockReport], colours: dict[str,
     else:
         axes.set_ylim(0, 1.08 * max(errors) or 1)
     if missing := len(blocks) - len(errors):
-        _remark(axes, f"not measured for {missing} of {len(blocks)} blocks")
+        remark(axes, f"not measured for {missing} of {len(blocks)} blocks")
 
 
-def _remark(axes: "Axes", text: str) -> None:
-    axes.set_title(text, fontsize=9, color=_INK, loc="right")
+def remark(axes: "Axes", text: str) -> None:
+    axes.set_title(text, fontsize=9, color=INK, loc="right")
 
 
-def _say(axes: "Axes", text: str) -> None:
+def say(axes: "Axes", text: str) -> None:
     axes.text(
         0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=12, color="#777777", style="italic"
     )
@@ -146,7 +155,7 @@ def _legend(figure: "Figure", stacks: Sequence[str], colours: dict[str, str]) ->
     from matplotlib.patches import Patch
 
     # matplotlib hides labels that begin with an underscore.
-    labels = [_printable(stack).lstrip("_") or "unnamed" for stack in stacks]
+    labels = [printable(stack).lstrip("_") or "unnamed" for stack in stacks]
     legend = figure.legend(
         handles=[Patch(color=colours[stack]) for stack in stacks], labels=labels,
         loc="outside lower center", ncols=min(3, len(stacks)), frameon=False, fontsize=9,

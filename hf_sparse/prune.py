@@ -15,16 +15,17 @@ from torch import nn
 from hf_sparse import checkpoint, environment
 from hf_sparse.allot import measured_by, shares
 from hf_sparse.blockwise import Run, with_data, without_data
-from hf_sparse.calibrate import make_batches, read_calibration, ready, survey
+from hf_sparse.calibrate import make_batches, ready
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Samples, tokens_of
 from hf_sparse.errors import CalibrationError, ConfigError, HfSparseError, ModelError, PruningInterrupted
 from hf_sparse.families import find_sites
-from hf_sparse.measure import allot_
-from hf_sparse.permute import Permutations, permute_
+from hf_sparse.permute import Permutations, check_permutable, permute_
 from hf_sparse.plan import select
 from hf_sparse.registry import METRICS, UPDATES
 from hf_sparse.report import BlockReport, Report
+from hf_sparse.search import held_back, search_
+from hf_sparse.shared import Shared
 from hf_sparse.sites import count_zeros, plain_name, read
 
 _LOCK = threading.Lock()
@@ -48,13 +49,21 @@ def prune_(
     Raises: ConfigError, ModelError and CalibrationError before anything is changed; PruningInterrupted, which names the blocks
     already pruned, if a later step fails.
     """
+    return prune_sharing_(model, config, Shared(tokenizer, tokenizer_options))
+
+
+def prune_sharing_(model: nn.Module, config: Any, shared: Shared) -> Report:
+    """`prune_` with what earlier prunings of the same dense model have left in `shared`."""
     start = time.monotonic()
     config = SparsityConfig.of(config)
     config.check_calibration()
-    model = checkpoint.unwrap(model)
+    inner = checkpoint.unwrap(model)
+    if config.permute and isinstance(inner, nn.Module):
+        check_permutable(model, inner)
+    model = inner
     checkpoint.check_prunable(model)
     with _alone(model):
-        return _prune(model, config, tokenizer, tokenizer_options, start)
+        return _prune(model, config, shared, start)
 
 
 @contextmanager
@@ -70,13 +79,7 @@ def _alone(model: nn.Module) -> Iterator[None]:
         _BUSY.discard(id(model))
 
 
-def _prune(
-    model: nn.Module,
-    config: SparsityConfig,
-    tokenizer: Any,
-    tokenizer_options: Mapping[str, Any] | None,
-    start: float,
-) -> Report:
+def _prune(model: nn.Module, config: SparsityConfig, shared: Shared, start: float) -> Report:
     if config.device is not None:
         check_device(config.device)
         if any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -88,10 +91,10 @@ def _prune(
     run = Run(model, config, inventory, chosen, shares(inventory, chosen, config))
     run.notes += _scan(run)
     given = config.calibration is not None
-    samples = read_calibration(model, config, tokenizer, tokenizer_options) if given else None
+    samples = shared.samples(model, config) if given else None
     permutations = Permutations()
     with ready(model):
-        _attempt(run, samples, permutations)
+        _attempt(run, samples, permutations, shared)
     report = _report(run, samples, left, time.monotonic() - start)
     report.permutations, report.permuted = permutations.orders, permutations.places
     checkpoint.attach(model, report)
@@ -133,18 +136,11 @@ def _scan(run: Run) -> list[str]:
     return [f"the model was sparse before: {100 * zeros / total:.2f} % zeros in the targeted sites"]
 
 
-def _look_around(run: Run, samples: Samples) -> None:
+def _look_around(run: Run, samples: Samples, shared: Shared) -> None:
     """One short dense pass: which blocks run, and what feeds what."""
     entry = METRICS[run.config.metric]
     try:
-        run.survey = survey(
-            run.model,
-            run.inventory,
-            samples.rows,
-            bool(entry.consumer_needs) or run.config.permute,
-            run.config.device,
-            run.two_streams,
-        )
+        run.survey = shared.survey(run, samples, bool(entry.consumer_needs) or run.config.permute)
     except (HfSparseError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the model's code says about data that it cannot take
@@ -166,7 +162,7 @@ def _look_around(run: Run, samples: Samples) -> None:
             f'axis="input" makes {entry.name} equal to magnitude on gate and up with N:M groups, as all weights of a group belong to one '
             'neuron; axis="auto" gives the published groups along the output axis.'
         )
-        warnings.warn(message, stacklevel=5)
+        warnings.warn(message, stacklevel=6)
         run.notes.append(message)
 
 
@@ -184,14 +180,14 @@ def _check_updates(run: Run, samples: Samples) -> None:
             f"{samples.tokens} calibration tokens cannot determine a Gram matrix of {widest} inputs; the update goes on with damping, but "
             "more tokens (num_samples, sequence_length) would make it better."
         )
-        warnings.warn(message, stacklevel=6)
+        warnings.warn(message, stacklevel=7)
         run.notes.append(message)
 
 
 # ---------------------------------------------------------------------------------------------------- block by block
 
 
-def _attempt(run: Run, samples: Samples | None, permutations: Permutations) -> None:
+def _attempt(run: Run, samples: Samples | None, permutations: Permutations, shared: Shared) -> None:
     """Prune all blocks; while nothing is changed yet, running out of memory halves the batch."""
     size: int | str = run.config.batch_size
     try:
@@ -199,13 +195,17 @@ def _attempt(run: Run, samples: Samples | None, permutations: Permutations) -> N
             permute_(run, [], [], permutations)
             without_data(run, [block for block in run.inventory.blocks if block.index in run.chosen])
             return
-        _look_around(run, samples)
+        _look_around(run, samples, shared)
         while True:
-            batches, run.batch_size = make_batches(samples.rows, size, run.token_budget)
+            rows, held_out = held_back(run, samples.rows)
+            batches, run.batch_size = make_batches(rows, size, run.token_budget)
             try:
-                allot_(run, batches)
+                shared.allot_(run, samples, batches)
                 permute_(run, samples.rows, batches, permutations)
-                with_data(run, batches)
+                if held_out:
+                    search_(run, rows, held_out)
+                else:
+                    with_data(run, batches)
                 return
             except (MemoryError, RuntimeError) as error:
                 largest = max(len(batch.numbers) for batch in batches)

@@ -18,7 +18,6 @@ from hf_sparse.blocks import Block
 from hf_sparse.forwards import Call, main_tensor, moved
 from hf_sparse.sites import Site, parameter_of, view
 
-
 _SMALL = 1e-3  # of the mean square of all tokens; what is smaller counts as this
 
 

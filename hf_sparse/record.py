@@ -77,7 +77,7 @@ class Recorder:
         tokens = flat.shape[0] if operand.expert is None else int(flat.any(dim=1).sum())
         self._tokens[key] = self._tokens.get(key, 0) + tokens
         kept = self.samples.setdefault(key, [])
-        if flat.shape[0] and sum(map(len, kept)) < ERROR_SAMPLE:
+        if self._sample_each and flat.shape[0] and sum(map(len, kept)) < ERROR_SAMPLE:
             step = max(1, flat.shape[0] // self._sample_each)
             kept.append(flat[::step][: self._sample_each].clone())
 

@@ -16,13 +16,13 @@ LINES_AT_MOST = 300
 # A module stands on the floor of its longest prefix here. Names without a package are modules of hf_sparse.
 FLOORS = {
     7: "cli __main__",
-    6: "hooks search stream trainer_callbacks",
-    5: "prune lockstep streams blockwise measure apply reconstruct permute hub evaluate predictors",
-    4: "calibrate wiring snapshot record checkpoint embedded model_cards",
+    6: "hooks compare search stream trainer_callbacks",
+    5: "prune search trials shared lockstep streams blockwise measure apply reconstruct permute hub evaluate predictors",
+    4: "recipes comparison plot_comparison calibrate wiring snapshot record checkpoint embedded model_cards",
     3: "families metrics normal_equations allocations patterns updates storage runtime native "
     "groups blocks replace forwards offload observe statistics report plot config plan allot adapters",
     2: "sites registry data stdlib_text",
-    1: "errors environment",
+    1: "errors environment memory",
 }
 FLOOR = {
     name if name in PACKAGES else f"hf_sparse.{name}": floor

@@ -52,9 +52,9 @@ def test_one_stack_has_one_colour(tmp_path: Path) -> None:
 def texts(report: Report) -> list[str]:
     from matplotlib.text import Text
 
-    from hf_sparse.plot import _draw, _new_figure
+    from hf_sparse.plot import _draw, new_figure
 
-    figure = _new_figure()
+    figure = new_figure(Path("a.png"))
     _draw(figure, report)
     return [text.get_text() for text in figure.findobj(Text)]  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""The command line: one module a command, each with `add(parser)` and `run(arguments)`."""
+"""The command line: one module a command, each with `add(parser)` and `run(arguments)`, which may return an exit code."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    from hf_sparse.cli import demo, evaluate, inspect, methods, prune
+    from hf_sparse.cli import compare, demo, evaluate, inspect, methods, prune
 
     parser = argparse.ArgumentParser(
         prog="hf-sparse", description="Prune Hugging Face models, measure them and look inside."
@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, module in {
         "demo": demo,
         "prune": prune,
+        "compare": compare,
         "evaluate": evaluate,
         "inspect": inspect,
         "methods": methods,
@@ -41,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(words)  # imports torch and Transformers, which takes seconds
         try:
-            arguments.run(arguments)
+            return arguments.run(arguments) or OK
         except HfSparseError as error:
             return _failed(arguments, error)
         except Exception as error:  # a missing or damaged model, a full disk: every library has errors of its own
@@ -51,7 +52,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written to the destination.", file=sys.stderr)
         return INTERRUPTED
-    return OK
 
 
 def _failed(arguments: argparse.Namespace, error: Exception) -> int:

@@ -151,12 +151,20 @@ class SparsityConfig(Serialisable):
             parts.append(("allocation", ALLOCATIONS[self.allocation]))
         simplest = {"metric": "magnitude", "update": "none", "allocation": "uniform"}
         for kind, entry in parts:
-            if entry.needs or entry.consumer_needs or entry.traits.get("runs_blocks"):
+            searched = kind == "allocation" and self.searches
+            if entry.needs or entry.consumer_needs or entry.traits.get("runs_blocks") or searched:
                 way_out = f'{kind}="{simplest[kind]}"'
                 raise CalibrationError(
                     f"{kind} {entry.name!r} looks at activations and needs calibration=... (texts, token ids, a data set "
                     f"or a path); or use {way_out}, which needs none."
                 )
+
+    @property
+    def searches(self) -> bool:
+        """Whether the allocation is searched for on calibration samples that are held out."""
+        if not isinstance(self.allocation, str) or "held_out" not in ALLOCATIONS[self.allocation].options:
+            return False
+        return self.options_of(self.allocation).get("step") is None
 
     def resolved(self) -> "SparsityConfig":
         """The same with the options in use and the sparsity filled in, so that other defaults never change its meaning."""

@@ -4,17 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
+from hf_sparse import checkpoint
 from hf_sparse.blockwise import Run
 from hf_sparse.calibrate import forward, kind_of, short, survey
 from hf_sparse.data import Batch, Sample
+from hf_sparse.errors import ConfigError
 from hf_sparse.permute.blocks import Tally, permute_blocks_
 from hf_sparse.permute.importance import Norms, measure_norms
-from hf_sparse.permute.places import Channels, permuted_state_dict
-from hf_sparse.permute.proof import answers, same, tolerance
+from hf_sparse.permute.places import Channels, aliases, permuted_state_dict
+from hf_sparse.permute.proof import answers, called_modules, same, tolerance
 from hf_sparse.permute.stream import residual_order
 
-__all__ = ["Permutations", "permute_", "permuted_state_dict"]
+__all__ = ["Permutations", "check_permutable", "permute_", "permuted_state_dict"]
 
 
 @dataclass
@@ -24,24 +27,35 @@ class Permutations:
     orders: dict[str, list[int]] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)  # name -> where in the stored tensors the order holds
     done: list[tuple[int | None, Channels, torch.Tensor]] = field(default_factory=list)  # with the block, to undo it
+    aliases: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # name of a tensor -> all its names, where it has several
 
     def add(self, block: int | None, channels: Channels, order: torch.Tensor) -> None:
         self.orders[channels.name] = order.tolist()
-        self.places[channels.name] = [str(place) for place in channels.places]
+        places = [
+            place._replace(tensor=name)
+            for place in channels.places
+            for name in self.aliases.get(place.tensor, [place.tensor])
+        ]
+        self.places[channels.name] = list(dict.fromkeys(map(str, places)))
         self.done.append((block, channels, order))
 
     def undo_(self, run: Run) -> None:
         """Put every channel back, bit for bit."""
         while self.done:
-            index, channels, order = self.done.pop()
-            if index is None:
+            self.drop_last_(run)
+
+    def drop_last_(self, run: Run) -> None:
+        """Put the channels that were reordered last back, bit for bit."""
+        index, channels, order = self.done.pop()
+        if index is None:
+            channels.take_(run.model, order.argsort())
+        else:
+            with run.inventory.blocks[index].loaded():
                 channels.take_(run.model, order.argsort())
-            else:
-                with run.inventory.blocks[index].loaded():
-                    channels.take_(run.model, order.argsort())
-                    run.inventory.blocks[index].commit()
-        self.orders.clear()
-        self.places.clear()
+                run.inventory.blocks[index].commit()
+        del self.orders[channels.name], self.places[channels.name]
 
 
 def permute_(run: Run, rows: Sequence[Sample], batches: Sequence[Batch], done: Permutations) -> None:
@@ -52,6 +66,7 @@ def permute_(run: Run, rows: Sequence[Sample], batches: Sequence[Batch], done: P
     the outputs are the same but for rounding; what fails is put back bit for bit, and the run's notes say so. Nothing is done
     where the configuration does not ask for it, or `done` holds orders already. No rows: a sample is made up.
     """
+    _carry_over(run, done)
     if not run.config.permute or done.orders:
         return
     rows = rows or _made_up(run)
@@ -60,16 +75,38 @@ def permute_(run: Run, rows: Sequence[Sample], batches: Sequence[Batch], done: P
     norms = measure_norms(run, batches)
     samples = [short(row) for row in {kind_of(row): row for row in reversed(rows)}.values()]
     try:
-        dense = [answers(run.model, row) for row in samples]
+        done.aliases = aliases(run.model)
+        with called_modules() as called:
+            dense = [answers(run.model, row) for row in samples]
         notes = permute_blocks_(run, samples, norms, done.add)
         if done.done and not _agree(run, samples, dense):
             done.undo_(run)
             notes = ["permute: the model's output changed, so all channels were put back"]
         run.notes += notes
-        _permute_residual_(run, samples, norms, dense, done)
+        _permute_residual_(run, samples, norms, (dense, called), done)
     except BaseException:
         done.undo_(run)
         raise
+
+
+def _carry_over(run: Run, done: Permutations) -> None:
+    """Orders of an earlier pruning still tell where the weights came from; those channels stay as they are."""
+    earlier = checkpoint.report(run.model)
+    if not done.orders and earlier is not None and earlier.permutations:
+        done.orders, done.places = dict(earlier.permutations), dict(earlier.permuted)
+        if run.config.permute:
+            run.notes.append("permute: the channels were reordered by an earlier pruning and stay as they are")
+
+
+def check_permutable(wrapper: nn.Module, model: nn.Module) -> None:
+    """Raises ConfigError where something around the model was trained for its channels in order, such as a prompt or prefix."""
+    inside = {id(parameter) for parameter in model.parameters()}
+    outside = [name for name, parameter in wrapper.named_parameters() if id(parameter) not in inside]
+    if outside:
+        raise ConfigError(
+            f"permute=True would reorder channels that {outside[0]}, which lies around the model, expects in order; leave it False, or "
+            "prune the model itself."
+        )
 
 
 def _agree(run: Run, samples: Sequence[Sample], dense: Sequence[list[torch.Tensor]]) -> bool:
@@ -79,23 +116,25 @@ def _agree(run: Run, samples: Sequence[Sample], dense: Sequence[list[torch.Tenso
 
 
 def _permute_residual_(
-    run: Run, samples: Sequence[Sample], norms: Norms, dense: Sequence[list[torch.Tensor]], done: Permutations
+    run: Run,
+    samples: Sequence[Sample],
+    norms: Norms,
+    seen: tuple[Sequence[list[torch.Tensor]], set[int]],
+    done: Permutations,
 ) -> None:
+    dense, called = seen
     tally = Tally("the residual stream")
-    found = residual_order(run, norms, tally)
+    found = residual_order(run, norms, called, tally)
     if isinstance(found, str):
         run.notes.append(f"permute: the residual stream stays in order: {found}")
         return
     channels, order = found
-    done.done.append((None, channels, order))  # so that whatever happens now is undone
     channels.take_(run.model, order)
+    done.add(None, channels, order)  # so that whatever happens now is undone
     if _agree(run, samples, dense):
-        done.done.pop()
-        done.add(None, channels, order)
         run.notes += tally.notes()
         return
-    done.done.pop()
-    channels.take_(run.model, order.argsort())
+    done.drop_last_(run)
     run.notes.append("permute: the residual stream stays in order: the model's output would change")
 
 

@@ -160,7 +160,9 @@ class _Scores:
         if site.name not in self._held:
             while len(self._held) > 2:
                 self._held.pop(next(iter(self._held)))
-            self._held[site.name] = importance(self._run, self._plans[site.name], self._norms)
+            scores = importance(self._run, self._plans[site.name], self._norms)
+            # Metrics have units of their own, such as dass for gate and up beside wanda for down.
+            self._held[site.name] = scores / scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)
         return self._held[site.name]
 
 

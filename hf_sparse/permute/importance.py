@@ -62,7 +62,7 @@ def _closed(run: Run, block: Block, recorder: Recorder) -> dict[str, torch.Tenso
 
 
 def importance(run: Run, plan: SitePlan, norms: Norms) -> torch.Tensor:
-    """Scores (out, in) that add up to 1, so that sites can be weighed against each other.
+    """Scores (out, in) in the dense model.
 
     A metric that needs more than norms is stood in for by wanda, and one whose norms are missing by magnitude.
     """
@@ -77,7 +77,7 @@ def importance(run: Run, plan: SitePlan, norms: Norms) -> torch.Tensor:
         run.config.options_of(entry.name),
     )
     scores: torch.Tensor = entry.function(weight, inputs)  # type: ignore[assignment]
-    return scores / scores.sum().clamp_min(torch.finfo(scores.dtype).tiny)
+    return scores
 
 
 def _on_rows(plan: SitePlan, norm: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from posixpath import commonpath
 from torch import nn
 
 from hf_sparse.groups import Feed, head_size
-from hf_sparse.permute.places import Channels, Place, bias_of, columns_of, rows_of
+from hf_sparse.permute.places import Channels, bias_of, columns_of, rows_of
 from hf_sparse.sites import Site
 
 
@@ -118,18 +118,11 @@ def _reordering(
     heads: int,
 ) -> Reordering | None:
     own_rows = tuple(rows[column] for column in copies[0])
-    places: list[Place] = []
-    for site in consumers:
-        for columns in copies:
-            found = columns_of(site, columns)
-            if found is None:
-                return None
-            places += found
-    for site in producers:
-        found = rows_of(site, own_rows, bias_of(model, site))
-        if found is None:
-            return None
-        places += found
+    parts = [columns_of(site, columns) for site in consumers for columns in copies]
+    parts += [rows_of(site, own_rows, bias_of(model, site)) for site in producers]
+    places = [place for part in parts for place in part or ()]
+    if None in parts:
+        return None
     name = f"{consumers[0].name}:input" + (f":{head}" if heads > 1 else "")
     module = consumers[0].module.split(".")
     kind = ".".join("*" if part.isdigit() and "experts" in module[:at] else part for at, part in enumerate(module))

@@ -35,6 +35,8 @@ class Place(NamedTuple):
         """Put channel `order[i]` where channel i was."""
         part = tensor.detach()[self.at]
         dimension = sum(isinstance(one, slice) for one in self.at) - 1
+        if part.shape[dimension] != len(order):
+            raise IndexError(f"{part.shape[dimension]} channels cannot be put in an order of {len(order)}")
         part.copy_(part.index_select(dimension, order.to(part.device)))
 
 
@@ -114,6 +116,14 @@ def bias_of(model: nn.Module, site: Site) -> tuple[str, int] | None:
         if name != site.parameter and isinstance(bias, torch.Tensor):
             return name, bias.ndim
     return None
+
+
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """All names of every parameter that has several, as tied embeddings and shared layers have."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: shared for shared in names.values() if len(shared) > 1 for name in shared}
 
 
 def permuted_state_dict(report: Report, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

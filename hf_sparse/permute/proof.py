@@ -1,6 +1,7 @@
 """Tells whether a model or a block still computes the same, but for rounding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -27,6 +28,17 @@ def answers(model: nn.Module, row: Sample) -> list[torch.Tensor]:
     """What a model answers: its logits; where it has none, everything that it returns."""
     output = forward(model, row)()
     return _tensors(getattr(output, "logits", None)) or _tensors(output)
+
+
+@contextmanager
+def called_modules() -> Iterator[set[int]]:
+    """Inside, the set of the ids of all modules that run."""
+    called: set[int] = set()
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _: called.add(id(module)))
+    try:
+        yield called
+    finally:
+        handle.remove()
 
 
 def _tensors(tree: object) -> list[torch.Tensor]:

@@ -45,6 +45,18 @@ def find_residual(model: nn.Module, inventory: Inventory) -> Channels | str:
     return Channels("residual", width, tuple({str(place): place for place in places}.values()))
 
 
+def unseen(model: nn.Module, channels: Channels, called: set[int]) -> str | None:
+    """A module that holds some of the channels but did not run, so that no sample can show whether it holds them.
+
+    Modules may use the weights of their children without calling them; and experts need not all be reached.
+    """
+    for path in dict.fromkeys(place.tensor.rpartition(".")[0] for place in channels.places):
+        near = [model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])]
+        if not any(id(module) in called for module in near) and ".experts." not in f".{path}.":
+            return path
+    return None
+
+
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
     return [*model.named_parameters(remove_duplicate=False), *buffers]

@@ -10,18 +10,20 @@ from hf_sparse.permute.blocks import Tally, is_sparse
 from hf_sparse.permute.importance import Norms, importance
 from hf_sparse.permute.order import Part, best_order, kept_importance, sample_rows
 from hf_sparse.permute.places import Channels
-from hf_sparse.permute.residual import READS, WRITES, find_residual
+from hf_sparse.permute.residual import READS, WRITES, find_residual, unseen
 
 _ROWS = 2048  # rows of all sites together that the search looks at, and some of each at least
 _ROWS_EACH = 16
 
 
-def residual_order(run: Run, norms: Norms, tally: Tally) -> tuple[Channels, torch.Tensor] | str:
+def residual_order(run: Run, norms: Norms, called: set[int], tally: Tally) -> tuple[Channels, torch.Tensor] | str:
     """The channels of the residual stream with the best order for them, or why they stay as they are."""
     group = Pattern.parse(run.config.pattern).group or 1
     channels = find_residual(run.model, run.inventory)
     if isinstance(channels, str):
         return channels
+    if (module := unseen(run.model, channels, called)) is not None:
+        return f"no sample ran {module}"
     if _bystander(run, channels.size):
         return "a site that is not pruned now is sparse already"
     sites = sum(len(sites) for sites in run.chosen.values())
