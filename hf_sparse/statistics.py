@@ -8,6 +8,7 @@ from hf_sparse.registry import STATISTICS
 
 _CHUNK = 256  # tokens
 _PRODUCT_CHUNK = 4096  # tokens
+_STRIPES, _LEAST_WIDTH = 8, 64  # into which a symmetric product is cut, and how narrow they may get
 
 
 class Statistic(Protocol):
@@ -90,7 +91,10 @@ class Gram:
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        self.products += products(x, x)
+        # The matrix is symmetric, so the part below the diagonal blocks is left out and filled in at the end.
+        width = max(_LEAST_WIDTH, -(-x.shape[1] // _STRIPES))
+        for start in range(0, x.shape[1], width):
+            self.products[start : start + width, start:] += products(x[:, start : start + width], x[:, start:])
         self.tokens += len(x)
 
     def merge(self, other: "Gram") -> None:
@@ -104,7 +108,7 @@ class Gram:
 
     @property
     def value(self) -> torch.Tensor:
-        return self.products.clone()
+        return self.products.triu() + self.products.triu(1).T
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"products": self.products.clone(), "tokens": torch.tensor(self.tokens)}

@@ -11,6 +11,7 @@ from hf_sparse.updates import Problem, Solution
 from hf_sparse.updates.least_squares import solve
 
 _CHECK = 3  # iterations between two looks at how far the mask has settled
+_LEAST = 10  # iterations
 
 
 def _growth(changed: int, kept: int) -> float:
@@ -56,13 +57,14 @@ def _settled(
     kept = int(mask.sum())
     checked = mask
     for iteration in range(int(problem.options["iterations"])):
-        free = (image + penalty * (sparse - dual)) @ inverse
-        mask = problem.choose((free + dual).abs())
-        sparse = torch.where(mask, free + dual, 0)
-        dual = dual + free - sparse
+        free = torch.add(image, sparse - dual, alpha=penalty) @ inverse
+        wanted = free.add_(dual)
+        mask = problem.choose(wanted.abs())
+        sparse = wanted * mask
+        dual = wanted - sparse
         if iteration % _CHECK == _CHECK - 1:
             changed = int((mask ^ checked).sum()) // 2
-            if changed == 0 and iteration > 10:
+            if changed == 0 and iteration > _LEAST:
                 break
             factor = _growth(changed, kept)
             penalty, dual = penalty * factor, dual / factor
