@@ -1,15 +1,12 @@
 """Recipes for a comparison: named configurations, each checked before any of them runs."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_sparse.config import SparsityConfig
-from hf_sparse.config.serialise import _Loader
+from hf_sparse.config.serialise import read_file
 from hf_sparse.errors import CalibrationError, ConfigError, HfSparseError, unknown
 
 # From the plainest to the best, for half of the weights.
@@ -42,17 +39,10 @@ def read_recipes(path: str | Path) -> list[Any]:
     """
     if str(path) == "default":
         return [dict(fields) for fields in DEFAULT]
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-        found = yaml.load(text, _Loader) if file.suffix in {".yaml", ".yml"} else json.loads(text)
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipes {str(file)!r}: {error.strerror}.") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{str(file)!r} is not valid JSON or YAML: {error}") from error
+    found = read_file(path)
     if not isinstance(found, list):
         raise ConfigError(
-            f"{str(file)!r} holds {_a(found)}; recipes are a list of mappings, such as [{{'name': 'wanda', 'metric': 'wanda'}}]."
+            f"{str(path)!r} holds {_a(found)}; recipes are a list of mappings, such as [{{'name': 'wanda', 'metric': 'wanda'}}]."
         )
     return found
 

@@ -18,6 +18,7 @@ from hf_sparse.blocks import Block
 from hf_sparse.forwards import Call, main_tensor, moved
 from hf_sparse.sites import Site, parameter_of, view
 
+_FEWEST, _CHECKED = 4, 8  # from four calls on one in eight, and at least one, is kept for checking
 _SMALL = 1e-3  # of the mean square of all tokens; what is smaller counts as this
 
 
@@ -34,14 +35,18 @@ def reconstruct_(
     model: nn.Module, block: Block, pruned: Sequence[Site], calls: Sequence[Call], targets: Sequence[torch.Tensor],
     options: Mapping[str, Any], device: str | None, seed: int,
 ) -> Reconstruction:  # fmt: skip
-    """Train a loaded block in place; a run that diverges or does not help leaves the block as it was."""
+    """Train a loaded block in place; a run that diverges or does not help leaves the block as it was.
+
+    Some of the calls are not trained on: on them it is seen whether training helped, or only learned the samples by heart.
+    """
+    train, check = _split(len(calls))
     with _in_single_precision(block.module):
         masks = _masks(model, pruned)
         trained = _trained(model, block.module, pruned)
         backup = [parameter.detach().clone() for parameter in trained]
-        before = _loss(block, calls, targets, device)
-        finite = _train(block, trained, masks, calls, targets, options, device, seed)
-        after = _loss(block, calls, targets, device) if finite else math.nan
+        before = _loss(block, calls, targets, check, device)
+        finite = _train(block, trained, masks, calls, targets, train, options, device, seed)
+        after = _loss(block, calls, targets, check, device) if finite else math.nan
         if not after < before:
             for parameter, old in zip(trained, backup, strict=True):
                 parameter.data.copy_(old)
@@ -99,14 +104,25 @@ def _error(output: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
     return ((output.float() - target).square().mean(-1) / squares.clamp_min(_SMALL * squares.mean())).mean()
 
 
-def _loss(block: Block, calls: Sequence[Call], targets: Sequence[torch.Tensor], device: str | None) -> float:
-    losses = [float(_error(_run(block, call, device), target)) for call, target in zip(calls, targets, strict=True)]
+def _split(number: int) -> tuple[list[int], list[int]]:
+    """Which calls to train on and which to check with: one in eight, at least one; with fewer than four all serve both ends."""
+    if number < _FEWEST:
+        return list(range(number)), list(range(number))
+    step = min(_CHECKED, number)
+    check = list(range(step - 1, number, step))
+    return [index for index in range(number) if index not in check], check
+
+
+def _loss(
+    block: Block, calls: Sequence[Call], targets: Sequence[torch.Tensor], which: list[int], device: str | None
+) -> float:
+    losses = [float(_error(_run(block, calls[index], device), targets[index])) for index in which]
     return sum(losses) / len(losses) if losses else math.nan
 
 
 def _train(
     block: Block, trained: list[nn.Parameter], masks: dict[int, torch.Tensor], calls: Sequence[Call],
-    targets: Sequence[torch.Tensor], options: Mapping[str, Any], device: str | None, seed: int,
+    targets: Sequence[torch.Tensor], which: list[int], options: Mapping[str, Any], device: str | None, seed: int,
 ) -> bool:  # fmt: skip
     """Adam with a cosine to zero; False as soon as a loss is not finite."""
     steps, rate = int(options["steps"]), float(options["learning_rate"])
@@ -114,7 +130,7 @@ def _train(
     groups = [{"params": [p.requires_grad_()], "lr": rate * _scale(p, masks)} for p in trained]
     optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    order = _order(len(calls), steps, seed)
+    order = [which[position] for position in _order(len(which), steps, seed)]
     try:
         with torch.enable_grad():
             for number in order:

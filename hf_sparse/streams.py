@@ -53,7 +53,8 @@ class TwoStreams:
                 main_tensor((partners[call.batch].args, partners[call.batch].kwargs)),
             )
             if self._wiring.enters and here is not None and there is not None and here.shape == there.shape:
-                self._lost[call.batch] = (there - here).float().flatten(0, -2)
+                lost = (there - here).float().flatten(0, -2)
+                self._lost[call.batch] = lost if self._config.device is None else lost.to(self._config.device)
         stops = {group[0] for group in self._stages}
         staged = {operand for group in self._stages for operand in group}
         sites = list(self._sites.values())

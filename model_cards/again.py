@@ -40,10 +40,11 @@ def task(model_class: str) -> str | None:
 
 
 def chosen(report: Report) -> dict[str, Any]:
-    """The config's fields that matter for doing it again: pattern and metric, and whatever differs from its default."""
+    """The config's fields that matter for doing it again: pattern, metric and update, and whatever differs from its default."""
     defaults = SparsityConfig().to_dict()
     config = {key: value for key, value in report.config.items() if key != "version"}
-    found = {k: v for k, v in config.items() if k in ("pattern", "metric") or k not in defaults or defaults[k] != v}
+    always = ("pattern", "metric", "update")
+    found = {k: v for k, v in config.items() if k in always or k not in defaults or defaults[k] != v}
     if report.calibration is not None and not found.get("calibration"):
         found["calibration"] = YOUR_DATA  # it was given in memory, so no name could be recorded
     return found

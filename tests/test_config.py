@@ -57,6 +57,11 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"update": "non"}, ("update 'non'", "Did you mean 'none'?")),
     ({"update": ["none", "foo"]}, ("update 'foo'", "'none'")),
     ({"update": None}, ("update=None", "list of names")),
+    ({"update": []}, ("update=()", '"none"')),
+    ({"update": ["none", "admm"]}, ("'none' must stand alone",)),
+    ({"update": ["admm", "admm"]}, ("'admm' must stand only once",)),
+    ({"update": ["admm", "dense_stream"]}, ("'dense_stream' must stand first",)),
+    ({"update": ["reconstruct", "admm"]}, ("'reconstruct' must stand last",)),
     ({"axis": "inputs"}, ("axis 'inputs'", "Did you mean 'input'?", "'auto'")),
     ({"axis": None}, ("axis None", "'output'")),
     ({"axis": "site"}, ('"site"', "'2:4'", '"input"', '"output"')),
@@ -153,7 +158,9 @@ OTHERS = st.fixed_dictionaries(
     {},
     optional={
         "metric": st.sampled_from(["magnitude", "wanda", "dass", "ria"]),
-        "update": st.sampled_from(["none", ["none"], ("none", "none"), ()]),
+        "update": st.sampled_from(
+            ["auto", "none", ["none"], ("dense_stream", "admm"), ["sparsegpt", "least_squares", "reconstruct"]]
+        ),
         "targets": st.one_of(st.sampled_from(["all", "mlp", "attention", "*.down_proj"]), NAMES, NAMES.map(tuple)),
         "exclude": st.one_of(NAMES, st.just("*.o_proj")),
         "options": OPTIONS,
@@ -324,7 +331,9 @@ def test_an_allocation_that_looks_at_activations_asks_for_data() -> None:
         SparsityConfig(metric="magnitude", allocation="owl").check_calibration()
     assert 'allocation="uniform"' in str(caught.value)
     SparsityConfig(metric="magnitude", allocation="owl", calibration=["text"]).check_calibration()
-    SparsityConfig(metric="magnitude", allocation="atp").check_calibration()
+    with pytest.raises(CalibrationError, match="allocation 'atp'"):  # searched for
+        SparsityConfig(metric="magnitude", allocation="atp").check_calibration()
+    SparsityConfig(metric="magnitude", allocation="atp", options={"atp": {"step": 0.01}}).check_calibration()
     SparsityConfig(metric="magnitude", allocation=[0.5]).check_calibration()
 
 
@@ -337,7 +346,11 @@ def test_resolving_keeps_a_given_allocation_and_fills_in_the_options_of_a_named_
     resolved = SparsityConfig(allocation="owl", options={"owl": {"limit": 0.1}}).resolved()
     assert resolved.options["owl"] == {"threshold": 5.0, "limit": 0.1}
     assert resolved.sparsity == 0.5
-    assert SparsityConfig(allocation="atp").resolved().options["atp"] == {"step": None}
+    assert SparsityConfig(allocation="atp").resolved().options["atp"] == {
+        "step": None,
+        "selector": "loss",
+        "held_out": 0.25,
+    }
 
 
 def test_of_takes_objects_dicts_and_paths(tmp_path: Path) -> None:
@@ -378,3 +391,26 @@ def test_predictor_configurations_come_back(tmp_path: Path) -> None:
     assert config.dense_blocks == (0, 3)
     config.save_pretrained(tmp_path)
     assert PredictorConfig.from_pretrained(tmp_path) == config == PredictorConfig.from_dict(config.to_dict())
+
+
+# ------------------------------------------------------------------------------------------------ what "auto" stands for
+
+
+@pytest.mark.parametrize(
+    ("fields", "metric", "update"),
+    [
+        ({}, "wanda", ("dense_stream", "admm")),  # the best recipe
+        ({"update": "none"}, "wanda", ("none",)),
+        ({"update": ("reconstruct",)}, "wanda", ("reconstruct",)),
+        ({"metric": "wanda"}, "wanda", ("none",)),  # a metric that is named comes as it was published
+        ({"metric": "dass"}, "dass", ("none",)),
+        ({"metric": "sparsegpt"}, "sparsegpt", ("sparsegpt",)),
+        ({"metric": "sparsegpt", "update": "none"}, "sparsegpt", ("none",)),
+    ],
+)
+def test_auto_is_the_best_recipe_or_the_named_metric_as_published(
+    fields: dict[str, Any], metric: str, update: tuple[str, ...]
+) -> None:
+    config = SparsityConfig(**fields)
+    assert (config.metric, config.update) == (metric, update)
+    assert SparsityConfig.from_dict(config.to_dict()) == config

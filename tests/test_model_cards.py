@@ -47,7 +47,9 @@ def make_block(index: int, stack: str = "model.layers", **changes: Any) -> Block
 
 def make_report(blocks: int | list[BlockReport] = 2, config: Any = None, **changes: Any) -> Report:
     report = Report(
-        config=SparsityConfig().to_dict() if config is None else getattr(config, "to_dict", lambda: config)(),
+        config=SparsityConfig(metric="dass").to_dict()
+        if config is None
+        else getattr(config, "to_dict", lambda: config)(),
         model="someone/base",
         model_class="LlamaForCausalLM",
         parameters=81920,
@@ -321,7 +323,7 @@ def test_the_command_holds_every_field_that_is_not_default(config: SparsityConfi
     words = typed(card_of(make_report(config=config)).text)
     assert words[:3] == ["prune", "someone/base", "DEST"]
     values, defaults = config.to_dict(), SparsityConfig().to_dict()
-    for name in (name for name in values if values[name] != defaults[name] or name in ("pattern", "metric")):
+    for name in (name for name in values if values[name] != defaults[name] or name in ("pattern", "metric", "update")):
         if name == "options":
             given = [words[index + 1] for index, word in enumerate(words) if word == "--option"]
             expected = [f"{group}.{key}" for group, options in values[name].items() for key in options]

@@ -48,10 +48,32 @@ def test_zeros_stay_and_nothing_else_becomes_one(pattern: str, axis: str, monkey
 
 
 def test_errors_of_the_blocks_fall() -> None:
-    _, plain = pruned(("dense_stream", "admm"))
-    _, trained = pruned(("dense_stream", "admm", "reconstruct"), options={"reconstruct": {"steps": 100}})
+    many: dict[str, Any] = {"calibration": token_rows(96, 32), "num_samples": 96}
+    _, plain = pruned(("dense_stream", "admm"), **many)
+    options = {"reconstruct": {"steps": 100, "learning_rate": 0.02}}
+    _, trained = pruned(("dense_stream", "admm", "reconstruct"), options=options, **many)
     for before, after in zip(plain.blocks, trained.blocks, strict=True):
         assert after.output_error < before.output_error
+
+
+def test_learning_the_samples_by_heart_is_seen_on_those_kept_for_checking() -> None:
+    many_steps = {"reconstruct": {"steps": 200}}
+    _, report = pruned(
+        ("dense_stream", "admm", "reconstruct"),
+        calibration=token_rows(8, 4),
+        num_samples=8,
+        batch_size=1,
+        options=many_steps,
+    )
+    assert sum("did not lower the error" in note for note in report.notes) == 2
+
+
+@pytest.mark.parametrize(("number", "checked"), [(1, [0]), (3, [0, 1, 2]), (4, [3]), (8, [7]), (17, [7, 15])])
+def test_one_call_in_eight_is_kept_for_checking(number: int, checked: list[int]) -> None:
+    train, check = module._split(number)
+    assert check == checked
+    assert number < 4 or not set(train) & set(check)
+    assert sorted({*train, *check}) == list(range(number))
 
 
 def test_norms_are_trained_and_all_else_is_left_alone() -> None:
@@ -92,7 +114,8 @@ def test_training_that_does_not_help_is_undone_and_told(monkeypatch: pytest.Monk
     model, report = pruned(options={"reconstruct": {"steps": 24, "learning_rate": 10.0}})
     plain = untrained(monkeypatch)
     notes = [note for note in report.notes if "put back" in note]
-    assert notes and "model.layers.0" in notes[0]
+    assert len(notes) == 2
+    assert "model.layers.0" in notes[0]
     for one, other in zip(model.model.layers[0].parameters(), plain.model.layers[0].parameters(), strict=True):
         assert torch.equal(one, other)
 

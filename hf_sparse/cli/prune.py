@@ -11,6 +11,7 @@ import yaml
 from hf_sparse.cli.loading import add_loading, hub_options, load_model, load_processor, model_name
 from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config import SparsityConfig
+from hf_sparse.config.serialise import read_fields
 from hf_sparse.errors import ConfigError
 from hf_sparse.evaluate import Measurement, evaluate
 from hf_sparse.prune import prune_
@@ -26,13 +27,27 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--config", default=None, metavar="FILE", help="JSON or YAML file with the fields of SparsityConfig"
     )
     fields = parser.add_argument_group("fields of SparsityConfig (they override the file)")
-    for name, kind in {"pattern": str, "sparsity": float, "axis": str, "metric": str, "allocation": str, "update": str, "calibration": str,
+    for name, kind in {"pattern": str, "sparsity": float, "axis": str, "metric": str, "allocation": str, "calibration": str,
                        "num-samples": int, "sequence-length": int, "batch-size": str, "seed": int}.items():  # fmt: skip
         fields.add_argument(f"--{name}", type=kind, default=None)
     fields.add_argument(
         "--targets", nargs="+", default=None, metavar="GLOB", help="all, mlp, attention or globs over site names"
     )
     fields.add_argument("--exclude", nargs="+", default=None, metavar="GLOB")
+    fields.add_argument(
+        "--update",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="one or several, such as dense_stream admm reconstruct",
+    )
+    fields.add_argument(
+        "--permute",
+        action="store_const",
+        const=True,
+        default=None,
+        help="reorder channels so that N:M groups lose less",
+    )
     fields.add_argument(
         "--option",
         action="append",
@@ -70,15 +85,9 @@ def options(words: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _file_fields(path: str) -> dict[str, Any]:
-    config = SparsityConfig.from_pretrained(path)
-    # Calibration texts that stand in the file itself have no name that to_dict could give.
-    return {**config.to_dict(), "calibration": config.calibration}
-
-
 def build_config(arguments: argparse.Namespace) -> SparsityConfig:
     """The file's fields with the command line's on top."""
-    values = _file_fields(arguments.config) if arguments.config else {}
+    values = read_fields(arguments.config) if arguments.config else {}
     names = (
         "pattern",
         "sparsity",
@@ -86,6 +95,7 @@ def build_config(arguments: argparse.Namespace) -> SparsityConfig:
         "metric",
         "allocation",
         "update",
+        "permute",
         "calibration",
         "num_samples",
         "sequence_length",

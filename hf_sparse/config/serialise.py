@@ -80,16 +80,25 @@ class Serialisable:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
         """Read a JSON or YAML file, or `sparsity_config.json` in a folder."""
-        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
-        try:
-            text = file.read_text(encoding="utf-8")
-            values = yaml.load(text, _Loader) if file.suffix in {".yaml", ".yml"} else json.loads(text)
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}.") from error
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            raise ConfigError(f"{str(file)!r} is not valid JSON or YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(
-                f"{str(file)!r} holds {type(values).__name__}; a mapping of field names to values is needed."
-            )
-        return cls.from_dict(values)
+        return cls.from_dict(read_fields(path))
+
+
+def read_file(path: str | Path) -> Any:
+    """What a JSON or YAML file holds; raises ConfigError where it cannot be read."""
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+        return yaml.load(text, _Loader) if file.suffix in {".yaml", ".yml"} else json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}.") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{str(file)!r} is not valid JSON or YAML: {error}") from error
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """The fields in a JSON or YAML file, or in `sparsity_config.json` in a folder, as they stand there."""
+    file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    values = read_file(file)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{str(file)!r} holds {type(values).__name__}; a mapping of field names to values is needed.")
+    return values
