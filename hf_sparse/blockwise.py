@@ -21,7 +21,7 @@ from hf_sparse.forwards import Call, main_tensor, norm, walk
 from hf_sparse.plan import SitePlan, needs, plan_site
 from hf_sparse.reconstruct import reconstruct_
 from hf_sparse.record import ERROR_SAMPLE, Recorder
-from hf_sparse.registry import UPDATES
+from hf_sparse.registry import METRICS, UPDATES
 from hf_sparse.report import BlockReport, SiteReport
 from hf_sparse.sites import Site, count_zeros, read
 from hf_sparse.streams import TwoStreams
@@ -47,6 +47,15 @@ class Run:
     def two_streams(self) -> bool:
         """Whether an update asks for the dense model's activations beside the pruned one's."""
         return any(UPDATES[name].traits.get("second_stream") for name in self.config.update)
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether metric or updates need a block to have been run on calibration data."""
+        metric = METRICS[self.config.metric]
+        updates = [UPDATES[name] for name in self.config.update]
+        return bool(
+            metric.needs or metric.consumer_needs or any(u.needs or u.traits.get("runs_blocks") for u in updates)
+        )
 
     @property
     def token_budget(self) -> int:
@@ -103,27 +112,19 @@ def with_data(run: Run, batches: list[Batch]) -> None:
             calls_left[index] -= len(calls) // (2 if run.two_streams else 1)
             with block.loaded(run.config.device):
                 recorder = recorders.setdefault(index, _recorder(run, block, len(batches)))
-                if run.two_streams:
-                    sites, error = _in_two_streams(run, block, calls, recorder, batches)
-                    block.commit()
-                    _finish(run, block, sites, error, time.monotonic() - start)
-                    bar.update()
-                    del calls
-                    continue
-                dense = [_dense_pass(run, block, call, recorder, batches[call.batch]) for call in calls]
+                prune = _in_two_streams if run.two_streams else _in_one_stream
                 # A block that runs several times a pass (ALBERT) is pruned at its last run, with the statistics of all.
-                if calls_left[index] <= 0:
-                    sites = run.prune(block, recorder)
+                pruned = prune(run, block, calls, recorder, batches, calls_left[index] <= 0)
+                if pruned is not None:
+                    del recorders[index], recorder  # Gram matrices are large
                     block.commit()
-                    del recorders[index]
-                    error = _sparse_pass(run, calls, dense)
-                    _finish(run, block, sites, error, time.monotonic() - start)
+                    _finish(run, block, *pruned, time.monotonic() - start)
                     bar.update()
-            del dense, calls
+            del calls
             if len(run.done) == len(run.chosen):
                 break
     left = [block for block in run.inventory.blocks if block.index in run.chosen and block.index not in run.done]
-    if left and any(plan.metric.needs or plan.metric.consumer_needs for block in left for plan in run.plans(block)):
+    if left and run.looks_at_data:
         raise CalibrationError(
             f"{left[0].name} ran less often than on a sample before, so how often it runs depends on the data; "
             f"that cannot be calibrated. Leave it out with exclude=({left[0].name + '.*'!r},)."
@@ -132,9 +133,23 @@ def with_data(run: Run, batches: list[Batch]) -> None:
         without_data(run, left)
 
 
+Pruned = tuple[list[SiteReport], float | None]
+
+
+def _in_one_stream(
+    run: Run, block: Block, calls: list[Call], recorder: Recorder, batches: list[Batch], last: bool
+) -> Pruned | None:
+    """Measure dense, prune, run again; None where the block has more runs to come in this pass, which leaves it dense."""
+    dense = [_dense_pass(run, block, call, recorder, batches[call.batch]) for call in calls]
+    if not last:
+        return None
+    sites = run.prune(block, recorder)
+    return sites, _sparse_pass(run, calls, dense)
+
+
 def _in_two_streams(
-    run: Run, block: Block, calls: list[Call], recorder: Recorder, batches: list[Batch]
-) -> tuple[list[SiteReport], float | None]:
+    run: Run, block: Block, calls: list[Call], recorder: Recorder, batches: list[Batch], last: bool
+) -> Pruned | None:
     """Prune a block with both streams; the error is that of the pruned model's hidden states against the dense model's."""
     sparse = [call for call in calls if call.batch < len(batches)]
     dense = [call for call in calls if call.batch >= len(batches)]

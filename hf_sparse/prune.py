@@ -149,7 +149,7 @@ def _look_around(run: Run, samples: Samples, shared: Shared) -> None:
             f"{type(error).__name__}: {_first_line(error)}"
         ) from error
     unreached = [run.inventory.blocks[index] for index in run.chosen if index not in run.survey.reached]
-    if unreached and (entry.needs or entry.consumer_needs or measured_by(run.config)):
+    if unreached and (run.looks_at_data or measured_by(run.config)):
         stacks = sorted({block.stack for block in unreached})
         raise CalibrationError(
             f"the calibration data never run {len(unreached)} of the blocks to prune (in {', '.join(stacks)}); give data that do "
@@ -174,6 +174,8 @@ def _check_updates(run: Run, samples: Samples) -> None:
             f"{run.inventory.blocks[again[0]].name} runs several times in one pass of the model; update={run.config.update!r} compares "
             'each block with the dense model once. Use an update without the dense stream, such as "admm".'
         )
+    if run.two_streams:
+        run.notes.append("output errors are those of the pruned model's hidden states against the dense model's")
     widest = max(site.shape[1] for sites in run.chosen.values() for site in sites)
     if samples.tokens < widest and any("gram" in UPDATES[name].needs for name in run.config.update):
         message = (

@@ -46,7 +46,11 @@ class SiteReport:
 
 @dataclass
 class BlockReport:
-    """One block: its sites and the error of its output over all calibration tokens."""
+    """One block: its sites and the error of its output over all calibration tokens.
+
+    The error is that of the pruned block against the dense one on the same inputs; with an update that follows the dense stream, that
+    of the pruned model's hidden states against the dense model's, with all that the blocks before have lost.
+    """
 
     index: int
     name: str
@@ -230,6 +234,13 @@ def percent(value: float | None) -> str:
     return "not measured" if value is None else f"{100 * value:.2f} %"
 
 
+def recipe_words(config: Mapping[str, Any]) -> str:
+    """Pattern, metric and updates of a configuration: "2:4 wanda + dense_stream + admm"."""
+    updates = config.get("update", "none")
+    named = [updates] if isinstance(updates, str) else [str(name) for name in updates or ()]
+    return " + ".join([f"{config['pattern']} {config['metric']}", *(name for name in named if name != "none")])
+
+
 def _counted(values: Iterable[str]) -> str:
     counts: dict[str, int] = {}
     for value in values:
@@ -248,7 +259,7 @@ def _tensor_cores(report: Report) -> str:
 def _lines(report: Report) -> Iterable[str]:
     patterns = _counted(site.pattern for site in report.sites) or report.config["pattern"]
     yield (
-        f"{report.model_class}: {patterns} with {report.config['metric']}, "
+        f"{report.model_class}: {recipe_words({**report.config, 'pattern': patterns})}, "
         f"{len(report.sites)} sites in {len(report.pruned_blocks)} blocks, "
         f"{percent(report.sparsity)} zeros in the sites, {percent(report.block_sparsity)} in all block weights"
     )

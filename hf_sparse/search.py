@@ -1,5 +1,6 @@
 """Searches for an allocation on calibration samples that are held out; never worse there than the uniform one."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from hf_sparse.allot import block_sizes, settled
 from hf_sparse.blockwise import Run
 from hf_sparse.data import Sample
 from hf_sparse.errors import CalibrationError
+from hf_sparse.patterns import Pattern
 from hf_sparse.trials import Trials
 
 _FIRST = (0.0, 0.25, 0.5)  # steps of the ramp, in units of the bound
@@ -116,7 +118,9 @@ def _by_block(
     run: Run, blocks: list[BlockSize], trials: Trials, ramps: _Found, options: Mapping[str, Any], bar: Any
 ) -> _Found:
     """From the best ramp on: each block up and down, then all moves that helped together; the width shrinks when none does."""
-    width = float(options["width"])
+    # A whole N of N:M is the smallest move that shows.
+    width = max(float(options["width"]), 1 / (Pattern.parse(run.config.pattern).group or math.inf))
+    narrowest = width / _NARROWEST
     start = ramps.shares[ramps.best()]
     present = tuple(sum(start[name] * size for name, size in block.sites.items()) / block.size for block in blocks)
     found = _Found({present: ramps.scores[ramps.best()]}, {present: start})
@@ -131,7 +135,7 @@ def _by_block(
         _score(trials, found, {together: _shares(run, blocks, together)}, bar)
         if found.best() == present:
             width /= 2
-            if width < float(options["width"]) / _NARROWEST:
+            if width < narrowest:
                 break
         present = found.best()
     return found

@@ -416,7 +416,7 @@ def test_what_the_allocation_leaves_dense_keeps_its_weights_whatever_the_update(
 def test_the_report_tells_the_pattern_of_every_block_and_which_hardware_runs() -> None:
     report = pruned(llama(4), pattern="2:4", allocation=[0.0, 0.25, 0.5, 0.75])
     text = str(report)
-    assert "dense (7), 3:4 (7), 2:4 (7), 1:4 (7) with wanda" in text
+    assert "dense (7), 3:4 (7), 2:4 (7), 1:4 (7) wanda" in text
     assert "pattern, axis, metric" in text
     assert "3:4; input; wanda" in text
     assert "14 of 28 sites; all sites of model.layers.2, model.layers.3" in text

@@ -18,6 +18,7 @@ import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.cli import main
 from hf_sparse.cli.writing import complete_folder
+from hf_sparse.report import recipe_words
 
 ROOT = Path(__file__).parents[1]
 
@@ -343,12 +344,13 @@ def test_the_demo_runs_end_to_end_on_little_text(tmp_path: Path, capsys: pytest.
     start = time.monotonic()
     assert run("demo", "--output", tmp_path / "demo", "--windows", 4, "--num-samples", 4, "--json") == 0
     found = printed(capsys)
-    values = {(row["metric"], row["pattern"]): row["perplexity"] for row in found["rows"]}
-    assert set(values) == {("dense", ""), ("magnitude", "2:4"), ("wanda", "2:4"), ("dass", "2:4"), ("dass", "4:8")}
-    assert values["dense", ""] < min(value for key, value in values.items() if key[0] != "dense")
+    values = {row["name"]: row["perplexity"] for row in found["rows"]}
+    assert set(values) == {"dense", "magnitude", "wanda", "dass", "sparsegpt", "default"}
+    assert values["dense"] < min(value for name, value in values.items() if name != "dense")
+    assert values["default"] < min(values[name] for name in ("magnitude", "wanda", "dass"))
     assert found["seconds"] <= time.monotonic() - start
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "demo")
-    assert hf_sparse.report(model).config["metric"] == found["best"]["metric"]
+    assert recipe_words(hf_sparse.report(model).config) == found["best"]["recipe"]
     assert model.dtype == torch.bfloat16
     assert all(len(generated) > 20 for generated in found["generated"])
     assert {"README.md", "hf_sparse_report.png"} <= set(os.listdir(tmp_path / "demo"))

@@ -15,9 +15,16 @@ from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config import SparsityConfig
 from hf_sparse.evaluate import Measurement, evaluate
 from hf_sparse.prune import prune_
-from hf_sparse.report import Report
+from hf_sparse.report import Report, recipe_words
 
-_WAYS = (("magnitude", "2:4"), ("wanda", "2:4"), ("dass", "2:4"), ("dass", "4:8"))
+# Name -> fields of SparsityConfig; the last are the defaults.
+_WAYS: dict[str, dict[str, Any]] = {
+    "magnitude": {"metric": "magnitude"},
+    "wanda": {"metric": "wanda"},
+    "dass": {"metric": "dass"},
+    "sparsegpt": {"metric": "sparsegpt"},
+    "default": {},
+}
 _PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def __init__(self):\n", "import os\n\n")
 
 
@@ -39,11 +46,11 @@ def _size(folder: Path) -> int:
 
 
 def _prune(
-    metric: str, pattern: str, arguments: argparse.Namespace, tokenizer: Any, dense: Measurement
+    fields: dict[str, Any], arguments: argparse.Namespace, tokenizer: Any, dense: Measurement
 ) -> tuple[Any, Report]:
     model = AutoModelForCausalLM.from_pretrained(embedded.model_path(), dtype=torch.float32)
     config = SparsityConfig(
-        metric=metric, pattern=pattern, calibration="stdlib:calibration", num_samples=arguments.num_samples, sequence_length=512, seed=arguments.seed
+        **fields, calibration="stdlib:calibration", num_samples=arguments.num_samples, sequence_length=512, seed=arguments.seed
     )  # fmt: skip
     report = prune_(model, config, tokenizer)
     sparse = evaluate(model, "stdlib:evaluation", tokenizer=tokenizer, window=512, max_windows=arguments.windows)
@@ -69,16 +76,16 @@ def run(arguments: argparse.Namespace) -> None:
     dense_model = AutoModelForCausalLM.from_pretrained(embedded.model_path(), dtype=torch.float32)
     dense = evaluate(dense_model, "stdlib:evaluation", tokenizer=tokenizer, window=512, max_windows=arguments.windows)
     rows: list[dict[str, Any]] = [
-        {"metric": "dense", "pattern": "", "perplexity": dense.value, "sparsity": 0.0, "seconds": 0.0}
+        {"name": "dense", "recipe": "", "perplexity": dense.value, "sparsity": 0.0, "seconds": 0.0}
     ]
     best: tuple[float, Any, Report] | None = None
-    for metric, pattern in _WAYS:
-        model, report = _prune(metric, pattern, arguments, tokenizer, dense)
+    for name, fields in _WAYS.items():
+        model, report = _prune(fields, arguments, tokenizer, dense)
         value = report.evaluations[0]["sparse"]
         rows.append(
             {
-                "metric": metric,
-                "pattern": pattern,
+                "name": name,
+                "recipe": recipe_words(report.config),
                 "perplexity": value,
                 "sparsity": report.sparsity,
                 "seconds": report.seconds,
@@ -95,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts = _generate(arguments.output)
     fingerprints = {split: stdlib_text.fingerprint(split) for split in ("calibration", "evaluation")}
     result = {
-        "rows": rows, "best": {"metric": best[2].config["metric"], "pattern": best[2].config["pattern"], "folder": str(arguments.output)},
+        "rows": rows, "best": {"recipe": recipe_words(best[2].config), "folder": str(arguments.output)},
         "bytes": sizes, "generated": texts, "text": {"folder": str(stdlib_text.stdlib_folder()), "fingerprints": fingerprints},
         "evaluation": dense.to_dict(), "versions": best[2].versions, "seconds": time.monotonic() - start,
     }  # fmt: skip
@@ -109,11 +116,11 @@ def _told(result: dict[str, Any], best: Report) -> str:
         f"calibrated on stdlib:calibration ({result['text']['fingerprints']['calibration']}), measured on stdlib:evaluation "
         f"({result['text']['fingerprints']['evaluation']}), {measured['tokens']} predicted tokens, windows of {measured['window']}",
         "",
-        f"{'metric':<10} {'pattern':<8} {'zeros':>8} {'perplexity':>11} {'seconds':>8}",
+        f"{'name':<10} {'recipe':<28} {'zeros':>8} {'perplexity':>11} {'seconds':>8}",
     ]
     for row in result["rows"]:
         lines.append(
-            f"{row['metric']:<10} {row['pattern']:<8} {100 * row['sparsity']:>7.2f}% {row['perplexity']:>11.3f} {row['seconds']:>8.1f}"
+            f"{row['name']:<10} {row['recipe']:<28} {100 * row['sparsity']:>7.2f}% {row['perplexity']:>11.3f} {row['seconds']:>8.1f}"
         )
     lines += ["", str(best), ""]
     sizes = result["bytes"]
@@ -121,7 +128,7 @@ def _told(result: dict[str, Any], best: Report) -> str:
         f"weights on disk: dense {sizes['dense']:,} bytes, sparse {sizes['sparse']:,} bytes (zeros are stored; the file loads anywhere)"
     )
     lines.append(
-        f"the best, {result['best']['metric']} {result['best']['pattern']}, is in {result['best']['folder']} with its card and picture; it goes on with:"
+        f"the best, {result['best']['recipe']}, is in {result['best']['folder']} with its card and picture; it goes on with:"
     )
     lines += ["-" * 60, *("\n".join([text, "-" * 60]) for text in result["generated"])]
     return "\n".join([*lines, f"{result['seconds']:.0f} s in all"])

@@ -23,7 +23,7 @@ def _growth(changed: int, kept: int) -> float:
     "admm",
     source="arXiv 2406.07831, section 3",
     needs=("gram",),
-    options={"mask": "choose", "penalty": 0.1, "iterations": 300, "damping": 0.01, "final_iterations": 10},
+    options={"mask": "choose", "penalty": 0.1, "iterations": 300, "damping": 0.01, "final_iterations": 30},
     choices={"mask": ("choose", "given")},
 )
 def admm(problem: Problem) -> Solution:
