@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from hf_sparse.blocks import Block
 from hf_sparse.config import SparsityConfig
-from hf_sparse.forwards import norm
+from hf_sparse.forwards import full_precision, norm
 from hf_sparse.metrics import Inputs
 from hf_sparse.observe import Operand, operand_of
 from hf_sparse.plan import SitePlan
 from hf_sparse.record import Recorder
-from hf_sparse.registry import METRICS, UPDATES
+from hf_sparse.registry import METRICS, UPDATES, Entry
 from hf_sparse.report import SiteReport
 from hf_sparse.sites import Site, count_zeros, read, write_
 from hf_sparse.updates import Part, Problem, Solution
@@ -39,7 +40,6 @@ class _Chosen:
     stored: torch.Tensor  # (out, in) as the model holds it
     weight: torch.Tensor  # the same in at least fp32
     inputs: Inputs
-    statistics: Mapping[str, torch.Tensor]
     notes: list[str] = field(default_factory=list)
 
 
@@ -49,8 +49,10 @@ def prune_block(model: nn.Module, config: SparsityConfig, block_plan: BlockPlan)
     for plans in _by_input(block_plan, config):
         # Scores are made of dense weights, so all of a group come before any is written.
         chosen = [_read(model, config, block_plan, plan) for plan in plans]
-        for one, (weight, mask) in zip(chosen, _updated(config, chosen), strict=True):
-            reports[one.plan.site.name] = _written(model, block_plan, one, weight, mask)
+        with full_precision():
+            solved = _updated(config, block_plan, chosen)
+            for one, (weight, mask) in zip(chosen, solved, strict=True):
+                reports[one.plan.site.name] = _written(model, block_plan, one, weight, mask)
     return [reports[plan.site.name] for plan in block_plan.plans]
 
 
@@ -70,11 +72,8 @@ def _consumer(plan: SitePlan, recorder: Recorder, sites: Mapping[str, Site]) -> 
     """The consumer's norm brought to the site's rows; a row that several columns read counts with all of them."""
     if plan.feed is None:
         return {}
-    values = {name: recorder.own(sites[plan.feed.consumer]).get(name) for name in plan.metric.consumer_needs}
     found = {}
-    for name, value in values.items():
-        if value is None:
-            continue
+    for name, value in recorder.own(sites[plan.feed.consumer], plan.metric.consumer_needs).items():
         rows = torch.tensor(plan.feed.rows, device=value.device)
         fed = rows >= 0
         one_to_one = bool(fed.all()) and len(rows) == plan.site.shape[0] and len(torch.unique(rows)) == len(rows)
@@ -90,7 +89,7 @@ def _measured(block_plan: BlockPlan, plan: SitePlan) -> tuple[SitePlan, Inputs]:
     recorder = block_plan.recorder
     if recorder is None:
         return plan, Inputs()
-    own = {name: value for name, value in recorder.own(plan.site).items() if name in plan.metric.needs}
+    own = recorder.own(plan.site, plan.metric.needs)
     consumer = _consumer(plan, block_plan.ahead or recorder, block_plan.sites)
     measured = plan.metric.needs <= set(own) and plan.metric.consumer_needs <= set(consumer)
     # An input of nothing but zeros tells no weight from another; batched experts without tokens get such.
@@ -110,9 +109,7 @@ def _read(model: nn.Module, config: SparsityConfig, block_plan: BlockPlan, plan:
     stored = read(model, plan.site)
     weight = stored if stored.dtype == torch.float64 else stored.float()
     inputs = Inputs(inputs.own, inputs.consumer, config.options_of(plan.metric.name))
-    own = block_plan.recorder.own(plan.site) if block_plan.recorder else {}
-    statistics = {**own, **block_plan.streams.get(plan.site.name, {})}
-    return _Chosen(plan, stored, weight, inputs, statistics, [plan.note] if plan.note else [])
+    return _Chosen(plan, stored, weight, inputs, [plan.note] if plan.note else [])
 
 
 def _scores(one: _Chosen, weight: torch.Tensor) -> torch.Tensor:
@@ -120,7 +117,9 @@ def _scores(one: _Chosen, weight: torch.Tensor) -> torch.Tensor:
     return scores
 
 
-def _updated(config: SparsityConfig, chosen: list[_Chosen]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _updated(
+    config: SparsityConfig, block_plan: BlockPlan, chosen: list[_Chosen]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """New weights and masks of sites that share an input."""
     parts, row = [], 0
     rounding = config.options_of("unstructured")["rounding"]
@@ -128,22 +127,41 @@ def _updated(config: SparsityConfig, chosen: list[_Chosen]) -> list[tuple[torch.
         parts.append(Part(row, row + len(one.weight), one.plan.pattern, one.plan.sparsity, one.plan.axis, rounding))
         row += len(one.weight)
     target = _stacked([one.weight for one in chosen])
-    scores = _stacked([_scores(one, one.weight) for one in chosen])
-    problem = Problem(target, target, scores, None, _statistics(chosen), tuple(parts))
+    statistics = _statistics(config, block_plan, chosen)
+    problem = Problem(target, target, target[:0], None, statistics, tuple(parts))
+    if not _chooses_itself(problem, config):
+        problem = replace(problem, scores=_stacked([_scores(one, one.weight) for one in chosen]))
     for name in config.update:
         problem = _step(problem, name, config, chosen)
     for one in chosen:
         one.notes += problem.notes
     mask = problem.mask if problem.mask is not None else problem.choose(problem.scores)
+    if problem.weight is target and len(chosen) == 1:
+        return [(chosen[0].weight, mask)]
     return [(problem.weight[part.start : part.stop], mask[part.start : part.stop]) for part in parts]
 
 
-def _statistics(chosen: list[_Chosen]) -> dict[str, torch.Tensor]:
+def _chooses_itself(problem: Problem, config: SparsityConfig) -> bool:
+    """Whether the first update that makes weights chooses the mask without scores, which then need not be worked out."""
+    first = next((UPDATES[name] for name in config.update if not UPDATES[name].traits.get("sets_target")), None)
+    return first is not None and first.traits.get("own_metric") == config.metric and not _missing(first, problem)
+
+
+def _missing(entry: Entry[Any], problem: Problem) -> bool:
+    """Whether something that an update needs was not measured."""
+    return any(need not in problem.statistics or not problem.statistics[need].any() for need in entry.needs)
+
+
+def _statistics(config: SparsityConfig, block_plan: BlockPlan, chosen: list[_Chosen]) -> dict[str, torch.Tensor]:
     """What was measured for the input that the sites share; what the rows of each shall make good stands one below the other."""
-    found = dict(chosen[0].statistics)
-    if any("debt" in one.statistics for one in chosen):
-        debts = [one.statistics.get("debt", torch.zeros_like(one.weight, dtype=torch.float64)) for one in chosen]
-        found["debt"] = torch.cat(debts)
+    needs = frozenset[str]().union(*(UPDATES[name].needs for name in config.update))
+    if block_plan.recorder is None or not needs:
+        return {}
+    streams = [block_plan.streams.get(one.plan.site.name, {}) for one in chosen]
+    found = {**block_plan.recorder.own(chosen[0].plan.site, needs), **streams[0]}
+    if any("debt" in stream for stream in streams):
+        none = [torch.zeros_like(one.weight, dtype=torch.float64) for one in chosen]
+        found["debt"] = torch.cat([stream.get("debt", zero) for stream, zero in zip(streams, none, strict=True)])
     return found
 
 
@@ -156,8 +174,7 @@ def _step(problem: Problem, name: str, config: SparsityConfig, chosen: list[_Cho
     entry = UPDATES[name]
     if entry.traits.get("runs_blocks"):
         return problem
-    missing = {need for need in entry.needs if need not in problem.statistics or not problem.statistics[need].any()}
-    if missing:
+    if _missing(entry, problem):
         problem.notes.append(f"no update by {name}: nothing was measured for its input")
         return problem
     own_choice = problem.mask is None and entry.traits.get("own_metric") == config.metric
@@ -166,9 +183,11 @@ def _step(problem: Problem, name: str, config: SparsityConfig, chosen: list[_Cho
     weight, mask = solution
     if not entry.traits.get("sets_target"):
         return replace(problem, weight=weight, mask=mask)
+    problem = replace(problem, target=weight, weight=weight)
+    if _chooses_itself(problem, config):
+        return problem
     parts = zip(chosen, problem.parts, strict=True)
-    scores = _stacked([_scores(one, weight[part.start : part.stop]) for one, part in parts])
-    return replace(problem, target=weight, weight=weight, scores=scores)
+    return replace(problem, scores=_stacked([_scores(one, weight[part.start : part.stop]) for one, part in parts]))
 
 
 def _written(
@@ -176,6 +195,9 @@ def _written(
 ) -> SiteReport:
     plan, site, recorder = one.plan, one.plan.site, block_plan.recorder
     kept = one.stored if weight is one.weight else weight.to(one.stored.dtype)
+    if not bool(torch.isfinite(torch.where(mask, kept, 0)).all()):
+        one.notes.append("the update gave values that are not finite here; the kept weights stay as they were")
+        kept = one.stored
     # Adding zero turns -0.0 into 0.0, so that one rule, weight != 0, tells what is kept.
     new = torch.where(mask, kept, 0) + 0.0
     error = _site_error(one.stored, new, recorder.sample(site) if recorder else None)

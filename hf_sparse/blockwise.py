@@ -15,9 +15,9 @@ from hf_sparse.blocks import Block
 from hf_sparse.calibrate import TOKEN_BUDGET, Survey, forward
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Batch
-from hf_sparse.errors import CalibrationError, ModelError
+from hf_sparse.errors import CalibrationError
 from hf_sparse.families import Inventory
-from hf_sparse.forwards import Call, main_tensor, norm, walk
+from hf_sparse.forwards import Call, main_tensor, norm, run_again, walk
 from hf_sparse.plan import SitePlan, needs, plan_site
 from hf_sparse.reconstruct import reconstruct_
 from hf_sparse.record import ERROR_SAMPLE, Recorder
@@ -64,8 +64,13 @@ class Run:
             return int(self.config.options_of("reconstruct")["batch_tokens"])
         return TOKEN_BUDGET
 
+    def mark(self, block: Block) -> None:
+        """Note that a block's weights are about to change."""
+        if block.index not in self.changed:
+            self.changed.append(block.index)
+
     def prune(self, block: Block, recorder: Recorder | None) -> list[SiteReport]:
-        self.changed.append(block.index)
+        self.mark(block)
         sites = {site.name: site for site in self.inventory.sites[block.index]}
         return prune_block(self.model, self.config, BlockPlan(block, self.plans(block), sites, recorder))
 
@@ -149,30 +154,48 @@ def _in_one_stream(
 
 def _in_two_streams(
     run: Run, block: Block, calls: list[Call], recorder: Recorder, batches: list[Batch], last: bool
-) -> Pruned | None:
+) -> Pruned:
     """Prune a block with both streams; the error is that of the pruned model's hidden states against the dense model's."""
+    if not last or block.index not in run.survey.wirings:
+        raise CalibrationError(
+            f"{block.name} does not run once in each pass of the model, so it cannot be compared with the dense model; use an update "
+            f'without the dense stream, such as "admm", or leave it out with exclude=({block.name + ".*"!r},).'
+        )
     sparse = [call for call in calls if call.batch < len(batches)]
     dense = [call for call in calls if call.batch >= len(batches)]
-    run.changed.append(block.index)
     plans, sites = run.plans(block), run.inventory.sites[block.index]
     ahead = None
     if any(plan.feed is not None for plan in plans):  # what a site feeds is not reached yet when the site is pruned
-        ahead = _recorder(run, block, len(batches))
+        ahead = _recorder(run, block, len(batches), updates=())
         for call in sparse:
             _dense_pass(run, block, call, ahead, batches[call.batch])
             call.output = None
     wiring = run.survey.wirings[block.index]
-    streams = TwoStreams(run.model, run.config, block, sites, plans, wiring, recorder, ahead)
+    streams = TwoStreams(run.model, run.config, block, sites, plans, wiring, recorder, ahead, lambda: run.mark(block))
     reports = streams.prune(sparse, dense, batches)
     if "reconstruct" in run.config.update:
         reports = _reconstruct(run, block, sparse, dense, reports)
-    difference = total = 0.0
+    error = _Error()
     for one, other in zip(sparse, dense, strict=True):
-        after, before = main_tensor(one.output), main_tensor(other.output)
-        if after is not None and before is not None and after.shape == before.shape:
-            difference += norm(after - before) ** 2
-            total += norm(before) ** 2
-    return reports, (difference / total) ** 0.5 if total else None
+        error.add(main_tensor(other.output), main_tensor(one.output))
+    return reports, error.value
+
+
+class _Error:
+    """||sparse - dense|| / ||dense|| of hidden states, added up over calls."""
+
+    def __init__(self) -> None:
+        self._difference = self._total = 0.0
+
+    def add(self, dense: torch.Tensor | None, sparse: torch.Tensor | None) -> None:
+        # A block without hidden states among its outputs has no error to tell.
+        if dense is not None and sparse is not None and dense.shape == sparse.shape:
+            self._difference += norm(sparse - dense) ** 2
+            self._total += norm(dense) ** 2
+
+    @property
+    def value(self) -> float | None:
+        return (self._difference / self._total) ** 0.5 if self._total else None
 
 
 def _reconstruct(
@@ -181,15 +204,18 @@ def _reconstruct(
     """Train the pruned block towards the dense stream, run it again, and count its zeros again."""
     targets = [main_tensor(call.output) for call in dense]
     pairs = [(call, target) for call, target in zip(sparse, targets, strict=True) if target is not None]
-    pruned, options = run.chosen[block.index], run.config.options_of("reconstruct")
-    calls, wanted = [call for call, _ in pairs], [target for _, target in pairs]
-    done = reconstruct_(run.model, block, pruned, calls, wanted, options, run.config.device, run.config.seed)
-    if done.note:
-        run.notes.append(f"{block.name}: {done.note}")
+    pruned = [plan.site for plan in run.plans(block) if not plan.dense]
+    if pairs and pruned:
+        run.mark(block)
+        calls, wanted = [call for call, _ in pairs], [target for _, target in pairs]
+        options = run.config.options_of("reconstruct")
+        note = reconstruct_(run.model, block, pruned, calls, wanted, options, run.config.device, run.config.seed)
+        if note:
+            run.notes.append(f"{block.name}: {note}")
     for call in sparse:
         call.output = None
         call.output = call(run.config.device)
-    zeros = {site.name: count_zeros(read(run.model, site)) for site in pruned}
+    zeros = {site.name: count_zeros(read(run.model, site)) for site in run.chosen[block.index]}
     # What a site gives now is no longer meant to be what it gave alone, so its own error would mislead.
     return [
         replace(
@@ -202,9 +228,10 @@ def _reconstruct(
     ]
 
 
-def _recorder(run: Run, block: Block, batches: int) -> Recorder:
+def _recorder(run: Run, block: Block, batches: int, updates: Sequence[str] | None = None) -> Recorder:
     sites = run.inventory.sites[block.index]
-    wanted = needs(run.plans(block), {site.name: site for site in sites}, run.config.update)
+    updates = run.config.update if updates is None else updates
+    wanted = needs(run.plans(block), {site.name: site for site in sites}, updates)
     return Recorder(sites, wanted, -(-ERROR_SAMPLE // batches))
 
 
@@ -216,30 +243,20 @@ def _run_only(run: Run, block: Block, calls: list[Call]) -> None:
 
 def _dense_pass(run: Run, block: Block, call: Call, recorder: Recorder, batch: Batch) -> torch.Tensor | None:
     """Run one call with the recorder listening; the output stands until the sparse pass replaces it."""
-    versions = [tensor._version for tensor in call.tensors()]
     with recorder.listening(run.model, run.inventory.sites[block.index], batch):
-        call.output = call(run.config.device)
-    if versions != [tensor._version for tensor in call.tensors()]:
-        raise ModelError(
-            f"{block.name} writes into its own input, so it cannot be run twice on it; this model cannot be calibrated. "
-            'metric="magnitude" without calibration prunes it.'
-        )
+        call.output = run_again(call, run.config.device)
     return main_tensor(call.output)
 
 
 def _sparse_pass(run: Run, calls: list[Call], dense: list[torch.Tensor | None]) -> float | None:
-    """Run all calls again; returns ||sparse - dense|| / ||dense|| of the hidden states over all tokens."""
-    difference = total = 0.0
+    """Run all calls again; returns the error of the hidden states over all tokens."""
+    error = _Error()
     for position, call in enumerate(calls):
         before, dense[position] = dense[position], None
         call.output = None
         call.output = call(run.config.device)
-        after = main_tensor(call.output)
-        if before is None or after is None:
-            continue  # a block without hidden states among its outputs has no error to tell
-        difference += norm(after - before) ** 2
-        total += norm(before) ** 2
-    return (difference / total) ** 0.5 if total else None
+        error.add(before, main_tensor(call.output))
+    return error.value
 
 
 def _finish(run: Run, block: Block, sites: list[SiteReport], error: float | None, seconds: float) -> None:

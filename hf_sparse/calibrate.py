@@ -120,7 +120,10 @@ def ready(model: nn.Module) -> Iterator[None]:
     }
     caches = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", None)]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    cached = torch.is_autocast_cache_enabled()
     try:
+        # Under the caller's autocast a weight that was cast once would stay in the cache after it was pruned.
+        torch.set_autocast_cache_enabled(False)
         model.eval()
         for module, _ in compiled:
             module._compiled_call_impl = None
@@ -129,6 +132,7 @@ def ready(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad(), eager_experts(model):
             yield
     finally:
+        torch.set_autocast_cache_enabled(cached)
         for module, mode in modes:
             module.training = mode
         for module, call in compiled:

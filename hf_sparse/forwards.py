@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_sparse.blocks import Block
+from hf_sparse.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,28 @@ class Call:
     def tensors(self) -> list[torch.Tensor]:
         """The tensors among the arguments."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def run_again(call: Call, device: str | torch.device | None) -> Any:
+    """Run a call that will be run again; raises ModelError where the block writes into its own input."""
+    versions = [tensor._version for tensor in call.tensors()]
+    output = call(device)
+    if versions != [tensor._version for tensor in call.tensors()]:
+        raise ModelError(
+            f"{call.block.name} writes into its own input, so it cannot be run twice on it; this model cannot be calibrated. "
+            'metric="magnitude" without calibration prunes it.'
+        )
+    return output
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast inside: what is worked out for weights must not be rounded because a model is run in half precision."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def moved(tree: Any, device: str | torch.device | None) -> Any:

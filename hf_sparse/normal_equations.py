@@ -7,6 +7,7 @@ import torch
 
 from hf_sparse.errors import ModelError
 
+_FLOOR = 1e-12  # of the mean diagonal
 _STEPS = 8  # how often damping is raised tenfold before giving up
 T = TypeVar("T")
 
@@ -21,8 +22,10 @@ def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
         raise ModelError(
             f"the Gram matrix of {len(gram)} inputs has values that are not finite; calibrate on other data or in a wider dtype."
         )
-    mean = float(result.diagonal().mean())
-    result.diagonal().add_(damping * mean if mean else 1.0)
+    diagonal = result.diagonal()
+    mean = float(diagonal.mean())
+    diagonal.add_(damping * mean if mean else 1.0)
+    diagonal.clamp_min_(_FLOOR * mean)  # an input that was always zero, without damping
     return result
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from hf_sparse import checkpoint, environment
 from hf_sparse.allot import measured_by, shares
 from hf_sparse.blockwise import Run, with_data, without_data
-from hf_sparse.calibrate import make_batches, ready
+from hf_sparse.calibrate import make_batches, ready, survey
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Samples, tokens_of
 from hf_sparse.errors import CalibrationError, ConfigError, HfSparseError, ModelError, PruningInterrupted
@@ -204,6 +204,9 @@ def _attempt(run: Run, samples: Samples | None, permutations: Permutations, shar
             try:
                 shared.allot_(run, samples, batches)
                 permute_(run, samples.rows, batches, permutations)
+                if permutations.done and run.two_streams:  # what enters a block's output is known channel by channel
+                    wirings = survey(run.model, run.inventory, samples.rows, False, run.config.device, True).wirings
+                    run.survey = replace(run.survey, wirings=wirings)
                 if held_out:
                     search_(run, rows, held_out)
                 else:

@@ -1,13 +1,13 @@
 """Trains the kept weights of one pruned block so that it gives the dense model's hidden states again; masks stay as they are.
 
 Local reconstruction (arXiv 2510.14444): inputs come from the pruned model, targets from the dense one, so the block also makes good
-what the blocks before it have lost. Memory: one block in fp32 with two moments, and one batch through it.
+what the blocks before it have lost. Memory: one block in fp32 with a copy, gradients and two moments, and
+one batch through it.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,44 +15,40 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from hf_sparse.blocks import Block
-from hf_sparse.forwards import Call, main_tensor, moved
+from hf_sparse.forwards import Call, full_precision, main_tensor, moved
 from hf_sparse.sites import Site, parameter_of, view
 
+_FOR_ZEROS = 0.01  # stands for the size of a bias that is all zeros
 _FEWEST, _CHECKED = 4, 8  # from four calls on one in eight, and at least one, is kept for checking
 _SMALL = 1e-3  # of the mean square of all tokens; what is smaller counts as this
-
-
-@dataclass
-class Reconstruction:
-    """What came of one block: the mean over tokens of the relative squared error, before and after."""
-
-    before: float
-    after: float
-    note: str = ""
 
 
 def reconstruct_(
     model: nn.Module, block: Block, pruned: Sequence[Site], calls: Sequence[Call], targets: Sequence[torch.Tensor],
     options: Mapping[str, Any], device: str | None, seed: int,
-) -> Reconstruction:  # fmt: skip
-    """Train a loaded block in place; a run that diverges or does not help leaves the block as it was.
+) -> str:  # fmt: skip
+    """Train a loaded block in place; returns what went wrong, nothing if it helped.
 
-    Some of the calls are not trained on: on them it is seen whether training helped, or only learned the samples by heart.
+    Some of the calls are not trained on: on them it is seen whether training helped, or only learned the samples by heart. A run
+    that diverges or does not help leaves the block as it was.
     """
     train, check = _split(len(calls))
-    with _in_single_precision(block.module):
-        masks = _masks(model, pruned)
-        trained = _trained(model, block.module, pruned)
+    masks = _masks(model, pruned)
+    trained = _trained(block.module, masks)
+    # A gradient has its parameter's dtype, so the caller's are put aside before that is changed.
+    with full_precision(), _only_trained(block.module, trained), _in_single_precision(block.module):
         backup = [parameter.detach().clone() for parameter in trained]
         before = _loss(block, calls, targets, check, device)
         finite = _train(block, trained, masks, calls, targets, train, options, device, seed)
+        for parameter in trained:
+            parameter.grad = None
         after = _loss(block, calls, targets, check, device) if finite else math.nan
-        if not after < before:
-            for parameter, old in zip(trained, backup, strict=True):
-                parameter.data.copy_(old)
-            why = "gave no finite loss" if not math.isfinite(after) else "did not lower the error"
-            return Reconstruction(before, before, f"reconstruction {why}; the block was put back as it was before")
-    return Reconstruction(before, after)
+        if after < before:
+            return ""
+        for parameter, old in zip(trained, backup, strict=True):
+            parameter.data.copy_(old)
+    why = "did not lower the error" if math.isfinite(after) else "gave no finite loss"
+    return f"reconstruction {why}; the block was put back as it was before"
 
 
 @contextmanager
@@ -69,21 +65,42 @@ def _in_single_precision(module: nn.Module) -> Iterator[None]:
             tensor.data = tensor.data.to(dtype)
 
 
+@contextmanager
+def _only_trained(module: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients for what is trained and for nothing else; the caller's gradients and flags come back."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
+    wanted = {id(parameter) for parameter in trained}
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, flag, gradient in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+
 def _masks(model: nn.Module, pruned: Sequence[Site]) -> dict[int, torch.Tensor]:
-    """Parameter id -> True where it may change: everywhere but on the zeros of pruned sites."""
+    """Parameter id -> True where it may change: on the kept weights of pruned sites, and nowhere else in the same tensor."""
     masks: dict[int, torch.Tensor] = {}
     for site in pruned:
         parameter = parameter_of(model, site)
-        mask = masks.setdefault(id(parameter), torch.ones_like(parameter, dtype=torch.bool))
+        mask = masks.setdefault(id(parameter), torch.zeros_like(parameter, dtype=torch.bool))
         own = view(mask, site)
         own.copy_(view(parameter.detach(), site) != 0)
     return masks
 
 
-def _trained(model: nn.Module, module: nn.Module, pruned: Sequence[Site]) -> list[nn.Parameter]:
-    """The pruned sites' parameters, and the norms and biases of the block."""
-    own = {id(parameter_of(model, site)) for site in pruned}
-    return [p for p in module.parameters() if p.is_floating_point() and (id(p) in own or p.ndim == 1)]
+def _trained(module: nn.Module, masks: Mapping[int, torch.Tensor]) -> list[nn.Parameter]:
+    """The pruned sites' parameters where anything is left of them, and the norms and biases of the block."""
+    found = []
+    for name, parameter in module.named_parameters():
+        mask = masks.get(id(parameter))
+        vector = parameter.ndim == 1 and "lora_" not in name  # an adapter's are not the model's
+        if parameter.is_floating_point() and (bool(mask.any()) if mask is not None else vector):
+            found.append(parameter)
+    return found
 
 
 def _run(block: Block, call: Call, device: str | None) -> torch.Tensor | None:
@@ -126,35 +143,29 @@ def _train(
 ) -> bool:  # fmt: skip
     """Adam with a cosine to zero; False as soon as a loss is not finite."""
     steps, rate = int(options["steps"]), float(options["learning_rate"])
-    wanted = [parameter.requires_grad for parameter in trained]
-    groups = [{"params": [p.requires_grad_()], "lr": rate * _scale(p, masks)} for p in trained]
+    groups = [{"params": [p], "lr": rate * _scale(p, masks)} for p in trained]
     optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     order = [which[position] for position in _order(len(which), steps, seed)]
-    try:
-        with torch.enable_grad():
-            for number in order:
-                loss = _error(_run(block, calls[number], device), targets[number])
-                if not bool(torch.isfinite(loss)):
-                    return False
-                optimizer.zero_grad()
-                loss.backward()
-                for parameter in trained:
-                    if parameter.grad is not None and id(parameter) in masks:
-                        parameter.grad.mul_(masks[id(parameter)])
-                optimizer.step()
-                schedule.step()
-    finally:
-        for parameter, before in zip(trained, wanted, strict=True):
-            parameter.requires_grad_(before)
-            parameter.grad = None
+    with torch.enable_grad():
+        for number in order:
+            loss = _error(_run(block, calls[number], device), targets[number])
+            if not bool(torch.isfinite(loss)):
+                return False
+            optimizer.zero_grad()
+            loss.backward()
+            for parameter in trained:
+                if parameter.grad is not None and id(parameter) in masks:
+                    parameter.grad.mul_(masks[id(parameter)])
+            optimizer.step()
+            schedule.step()
     return True
 
 
 def _scale(parameter: nn.Parameter, masks: dict[int, torch.Tensor]) -> float:
     """Root mean square of what may change, so that one learning rate suits weights of any size."""
     values = parameter.detach()[masks[id(parameter)]] if id(parameter) in masks else parameter.detach()
-    return float(values.square().mean().sqrt()) or 1.0
+    return float(values.square().mean().sqrt()) or _FOR_ZEROS
 
 
 def _order(number: int, steps: int, seed: int) -> list[int]:

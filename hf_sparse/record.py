@@ -1,6 +1,6 @@
 """Records what enters the sites of a block while it runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -88,12 +88,17 @@ class Recorder:
 
     def arrived(self, operands: Sequence[Operand], x: torch.Tensor, batch: Batch) -> None:
         """Record an input that all of `operands` will read, before the products are made; raises as `listening` does."""
+        self.passing(operands, x, batch)
+        self.settle()
+
+    def passing(self, operands: Sequence[Operand], x: torch.Tensor, batch: Batch) -> None:
+        """Record an input whose other readers may be met later in the same call; `settle` ends the call."""
         self._batch = batch
         for operand in operands:
             self.seen(operand, x, x)
-        self._settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """End a call: check what was seen, and hold no input any longer."""
         for present in self._present.values():
             self._check(present)
         self._present.clear()
@@ -107,7 +112,7 @@ class Recorder:
         self._batch = batch
         with Observer(model, sites, self.seen):
             yield
-        self._settle()
+        self.settle()
 
     def _check(self, present: "_Present") -> None:
         key, x, _ = present
@@ -131,10 +136,14 @@ class Recorder:
         """How many tokens reached the site; 0 for an expert that none was sent to."""
         return self._tokens.get(self.input_of.get(operand_of(site), operand_of(site)), 0)
 
-    def own(self, site: Site) -> dict[str, torch.Tensor]:
-        """The values measured for the site's input."""
+    def own(self, site: Site, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:
+        """The values measured for the site's input, or some of them by name; each call works them out anew."""
         key = self.input_of.get(operand_of(site))
-        return {name: statistic.value for (owner, name), statistic in self.statistics.items() if owner == key}
+        return {
+            name: statistic.value
+            for (owner, name), statistic in self.statistics.items()
+            if owner == key and (names is None or name in names)
+        }
 
     def sample(self, site: Site) -> torch.Tensor | None:
         """Some tokens of the site's input (at most 256), or None where none came."""

@@ -4,7 +4,7 @@ Both streams run once, stopped together before the products with each input of t
 the dense stream makes its products with the dense weights, the sites are pruned, and the pruned stream goes on with the new ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import torch
@@ -30,9 +30,9 @@ class TwoStreams:
 
     def __init__(
         self, model: nn.Module, config: SparsityConfig, block: Block, sites: Sequence[Site], plans: Sequence[SitePlan],
-        wiring: Wiring, recorder: Recorder, ahead: Recorder | None,
+        wiring: Wiring, recorder: Recorder, ahead: Recorder | None, changing: Callable[[], None],
     ) -> None:  # fmt: skip
-        self._model, self._config, self._block = model, config, block
+        self._model, self._config, self._block, self._changing = model, config, block, changing
         self._sites = {site.name: site for site in sites}
         self._recorder, self._ahead, self._wiring = recorder, ahead, wiring
         targeted = {operand_of(plan.site) for plan in plans}
@@ -53,24 +53,26 @@ class TwoStreams:
                 main_tensor((partners[call.batch].args, partners[call.batch].kwargs)),
             )
             if self._wiring.enters and here is not None and there is not None and here.shape == there.shape:
-                lost = (there - here).float().flatten(0, -2)
-                self._lost[call.batch] = lost if self._config.device is None else lost.to(self._config.device)
+                self._lost[call.batch] = (there - here).float().flatten(0, -2)
         stops = {group[0] for group in self._stages}
         staged = {operand for group in self._stages for operand in group}
         sites = list(self._sites.values())
 
         def made(sign: int, call: Call, operand: Operand, x: torch.Tensor, product: torch.Tensor) -> None:
-            factor, lost = self._wiring.enters.get(operand), self._lost.get(numbers[id(call)])
-            if factor is not None and lost is not None:
-                lost += sign * (factor * product.detach().float()).view(lost.shape)
+            factor, number = self._wiring.enters.get(operand), numbers[id(call)]
+            if factor is not None and number in self._lost:
+                lost = self._lost[number].to(product.device)  # where the block computes, whatever its input came from
+                change = sign * factor.to(product.device) * product.detach().float()
+                self._lost[number] = lost + change.view(lost.shape)
             if sign < 0 and operand not in staged:
-                self._recorder.arrived([operand], x, batches[call.batch])
+                self._recorder.passing([operand], x, batches[call.batch])
 
         ahead = Lockstep(self._model, sites, stops, lambda *given: made(1, *given), self._config.device)
         behind = Lockstep(self._model, sites, stops, lambda *given: made(-1, *given), self._config.device)
         with closing(ahead), closing(behind):
             ahead.start(dense)
             behind.start(sparse)
+            self._recorder.settle()
             for stage in self._stages:
                 # A product that is made again with pruned weights is none to stop at.
                 stops.discard(stage[0])
@@ -87,6 +89,7 @@ class TwoStreams:
         if here:
             self._apply([plan for plan in self._plans.values() if operand_of(plan.site) in stage], streams)
         behind.go_on(set(stage))
+        self._recorder.settle()
 
     def _measure(
         self, stage: list[Operand], here: list[Arrival], there: dict[int, Arrival]
@@ -105,7 +108,7 @@ class TwoStreams:
             lost = self._lost.get(batch)
             for operand in stage:
                 if operand in self._wiring.enters and lost is not None and len(lost) == len(x):
-                    owed = products(lost / self._wiring.enters[operand], x)
+                    owed = products(lost.to(x.device) / self._wiring.enters[operand].to(x.device), x)
                     debts[operand] = debts[operand] + owed if operand in debts else owed
         streams: dict[str, dict[str, torch.Tensor]] = {}
         for name, plan in self._plans.items():
@@ -117,6 +120,7 @@ class TwoStreams:
         return streams
 
     def _apply(self, plans: list[SitePlan], streams: dict[str, dict[str, torch.Tensor]]) -> None:
+        self._changing()
         block_plan = BlockPlan(self._block, plans, self._sites, self._recorder, self._ahead, streams)
         for report in prune_block(self._model, self._config, block_plan):
             self._reports[report.name] = report

@@ -1,5 +1,6 @@
 """The command line: what it writes, what it prints, how it fails."""
 
+import argparse
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.cli import main
+from hf_sparse.cli import main, prune
 from hf_sparse.cli.writing import complete_folder
+from hf_sparse.errors import ConfigError
 from hf_sparse.report import recipe_words
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +91,34 @@ def test_fields_override_the_file(saved: Path, tmp_path: Path, capsys: pytest.Ca
     assert (config["metric"], config["pattern"], config["targets"]) == ("magnitude", "2:4", "mlp")
 
 
+def config_of(*words: object) -> SparsityConfig:
+    parser = argparse.ArgumentParser()
+    prune.add(parser)
+    return prune.build_config(parser.parse_args(["model", "destination", *map(str, words)]))
+
+
+def test_permute_can_be_switched_on_and_off(tmp_path: Path) -> None:
+    (tmp_path / "on.yaml").write_text("permute: true\n")
+    assert config_of("--permute").permute
+    assert config_of("--config", tmp_path / "on.yaml").permute
+    assert not config_of("--config", tmp_path / "on.yaml", "--no-permute").permute
+
+
+def test_options_are_numbers_as_people_write_them_and_go_on_top_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text("options: {reconstruct: {learning_rate: 1e-3, steps: 3}}\n")
+    config = config_of(
+        "--config", tmp_path / "file.yaml", "--option", "reconstruct.learning_rate=2e-4", "--option", "dass.exponent=.5"
+    )
+    assert config.options == {"reconstruct": {"learning_rate": 2e-4, "steps": 3}, "dass": {"exponent": 0.5}}
+
+
+@pytest.mark.parametrize("content", ["options:", "options: {dass: }", "options: 5", "options: {dass: 0.5}"])
+def test_options_of_a_file_that_are_no_mapping_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"options.* give a mapping"):
+        config_of("--config", tmp_path / "file.yaml", "--option", "dass.exponent=1")
+
+
 def test_a_masked_model_is_measured_by_its_masked_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bert().save_pretrained(tmp_path / "bert")
     tokenizer().save_pretrained(tmp_path / "bert")
@@ -118,6 +148,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--metric", "magnitude", "--dtype", "int3"], "int3"),
     (["--metric", "magnitude", "--targets", "*.nothing"], "nothing"),
     (["--metric", "magnitude", "--option", "dass"], "NAME.KEY=VALUE"),
+    (["--metric", "magnitude", "--option", "dass.exponent=2024-13-45"], "2024-13-45"),
     (["--metric", "magnitude", "--option", "dass.exp=1"], "Did you mean 'exponent'"),
     (["--metric", "magnitude", "--config", "absent.json"], "absent.json"),
     (["--metric", "wanda", "--calibration", "absent.txt"], "absent.txt"),
@@ -381,3 +412,22 @@ def test_rows_as_numpy_file(saved: Path, tmp_path: Path) -> None:
         )
         == 0
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "needs"),
+    [
+        ("metrics", "magnitude", False),
+        ("metrics", "sparsegpt", True),
+        ("allocations", "uniform", False),
+        ("allocations", "atp", True),  # unless its step is given
+        ("allocations", "owl", True),
+        ("updates", "none", False),
+        ("updates", "reconstruct", True),
+    ],
+)
+def test_methods_tell_what_needs_calibration(
+    kind: str, name: str, needs: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("methods", "--json") == 0
+    assert next(entry for entry in printed(capsys)[kind] if entry["name"] == name)["needs_calibration"] is needs

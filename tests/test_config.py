@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_sparse import PredictorConfig, SparsityConfig
+from hf_sparse.config.serialise import read_value
 from hf_sparse.errors import CalibrationError, ConfigError
+from hf_sparse.recipes import read_recipes
 
 NAN, INF = float("nan"), float("inf")
 HALF = {"pattern": "unstructured", "sparsity": 0.5}
@@ -216,6 +218,35 @@ def test_a_pattern_in_yaml_needs_no_quotes(pattern: str, tmp_path: Path) -> None
     (tmp_path / "mine.yaml").write_text(f"pattern: {pattern}\nnum_samples: 8\noptions: {{dass: {{exponent: 0.25}}}}\n")
     config = SparsityConfig.from_pretrained(tmp_path / "mine.yaml")
     assert (config.pattern, config.num_samples, config.options) == (pattern, 8, {"dass": {"exponent": 0.25}})
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("1e-3", 1e-3), ("1E5", 1e5), (".5", 0.5), ("-.5", -0.5), ("-2e+4", -2e4), ("1.5e3", 1500.0), ("+1.e2", 100.0), (".5e1", 5.0),
+        ("0.5", 0.5), ("1e-05", 1e-5), ("12", 12), ("true", True), ("null", None), ("", None), ("[1e-1, 2]", [0.1, 2]),
+        ("1e", "1e"), ("e5", "e5"), ("1e5m", "1e5m"), (".e5", ".e5"), ("1e5.5", "1e5.5"), ("2:4", "2:4"), ("'1e-3'", "1e-3"),
+        ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-1.7B"), ("opt-1e3", "opt-1e3"), ("1-e3", "1-e3"),
+    ],
+)  # fmt: skip
+def test_numbers_are_read_as_people_write_them(written: str, value: object) -> None:
+    # YAML 1.1 takes 1e-3 for text, as it has no dot.
+    assert read_value(written) == value
+    assert type(read_value(written)) is type(value)
+
+
+def test_numbers_in_a_file_are_read_as_people_write_them(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("pattern: 2:4\noptions: {dass: {exponent: 5e-1}}\ncalibration: a/1e-3\n")
+    config = SparsityConfig.from_pretrained(tmp_path / "mine.yaml")
+    assert (config.pattern, config.options, config.calibration) == ("2:4", {"dass": {"exponent": 0.5}}, "a/1e-3")
+    (tmp_path / "recipes.yaml").write_text("- {name: 1e, pattern: unstructured, sparsity: 5e-1}\n")
+    assert read_recipes(tmp_path / "recipes.yaml") == [{"name": "1e", "pattern": "unstructured", "sparsity": 0.5}]
+
+
+@pytest.mark.parametrize("written", ["[1", "2024-13-45", "!!python/name:os.getcwd", "[" * 3_000])
+def test_a_value_that_cannot_be_read_is_refused(written: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_value(written)
 
 
 @pytest.mark.parametrize(

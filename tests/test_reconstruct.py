@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families_table import FAMILIES
-from models import llama, token_rows
+from models import llama, phi3, token_rows
 
 import hf_sparse.reconstruct as module
 from hf_sparse import SparsityConfig, prune_
@@ -95,6 +95,47 @@ def test_sites_that_are_not_targeted_stay_as_they_are() -> None:
         model.model.layers[0].self_attn.parameters(), llama().model.layers[0].self_attn.parameters(), strict=True
     )
     assert all(torch.equal(one, other) for one, other in attention)
+
+
+def test_gradients_are_left_as_the_caller_had_them() -> None:
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.weight.grad = torch.ones_like(attention.q_proj.weight)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    prune_(model, config(targets="mlp"))
+    assert torch.equal(attention.q_proj.weight.grad, torch.ones_like(attention.q_proj.weight))
+    others = (p for p in model.parameters() if p is not attention.q_proj.weight)
+    assert all(parameter.grad is None for parameter in others)
+    assert not model.model.layers[1].mlp.up_proj.weight.requires_grad
+    assert attention.k_proj.weight.requires_grad
+
+
+def test_rows_of_a_fused_matrix_that_are_not_targeted_stay_as_they_are() -> None:
+    model = phi3()
+    prune_(model, SparsityConfig(metric="magnitude", targets=["*.gate"]))
+    fused = model.model.layers[0].mlp.gate_up_proj.weight
+    gate, up = (part.clone() for part in fused.detach().chunk(2))
+    prune_(model, config(targets=["*.up"]))
+    new_gate, new_up = fused.detach().chunk(2)
+    assert torch.equal(new_gate, gate)
+    assert not torch.equal(new_up, up)
+
+
+def test_what_the_allocation_leaves_dense_is_not_trained() -> None:
+    dense, model = llama(), llama()
+    report = prune_(model, config(allocation=[0.0, 0.5]))
+    assert report.sparsity == 0.25
+    for one, other in zip(model.model.layers[0].parameters(), dense.model.layers[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_site_of_which_nothing_is_left_does_not_stop_the_others() -> None:
+    model = llama()
+    report = prune_(
+        model, config(pattern="unstructured", allocation="atp", sparsity=0.5, options={"atp": {"step": 1.0}})
+    )
+    assert [block.sparsity for block in report.blocks] == [0.0, 1.0]
+    assert not any("no finite loss" in note for note in report.notes)
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:

@@ -1,12 +1,14 @@
 """Searched allocations: scored on held-out samples only, never worse there than uniform, and nothing of the trials is left behind."""
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from families_table import FAMILIES
 from models import bert, llama, t5, token_rows
 
-from hf_sparse import SparsityConfig, prune_
+from hf_sparse import SparsityConfig, prune_, trials
 from hf_sparse.errors import CalibrationError
 from hf_sparse.report import Report
 from hf_sparse.trials import Trials
@@ -71,7 +73,47 @@ def test_the_cost_and_the_scores_are_in_the_report() -> None:
     assert "loss on 4 held-out samples" in note
 
 
-@pytest.mark.parametrize(("allocation", "at_most"), [("atp", 9), ("search", 9 + 2 * 9)])
+@pytest.mark.parametrize("sure", [True, False])
+def test_what_is_said_of_uniform_tells_where_it_comes_from(sure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_score = Trials.score
+
+    def score(self: Trials, shares: dict[str, float]) -> float:
+        # Without `sure`, trials that are far from the truth, so that uniform has to be pruned with as well.
+        return true_score(self, shares) + (0.0 if sure else 5.0) - (1.0 if shares != self.run.shares else 0.0)
+
+    def real(self: Trials, shares: dict[str, float]) -> Any:
+        pruned.append(shares)
+        run, value = true_real(self, shares)
+        return run, value - (1.0 if sure else 0.0)
+
+    pruned: list[dict[str, float]] = []
+    true_real = Trials.real
+    monkeypatch.setattr(Trials, "score", score)
+    monkeypatch.setattr(Trials, "real", real)
+    _, report = searched()
+    assert ("uniform about" in note_of(report)) == ("in a trial" in note_of(report)) == sure
+    assert len(pruned) == 1 if sure else len(pruned) > 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_ramp_goes_out_to_its_bound_either_way_while_the_outermost_is_best(
+    sign: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[float] = []
+
+    def score(self: Trials, shares: dict[str, float]) -> float:
+        rise = max(share for name, share in shares.items() if ".3." in name) - max(
+            share for name, share in shares.items() if ".0." in name
+        )
+        tried.append(round(sign * rise / 0.6, 6))  # of the bound, which is 0.2 a block
+        return -sign * rise
+
+    monkeypatch.setattr(Trials, "score", score)
+    searched()
+    assert tried[:5] == [0, 0.25, 0.5, 0.75, 1] if sign == 1 else tried[:7] == [0, -0.25, -0.5, 0.25, 0.5, 0.75, 1]
+
+
+@pytest.mark.parametrize(("allocation", "at_most"), [("atp", 11), ("search", 11 + 2 * 9)])
 def test_it_stops(allocation: str, at_most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
     true_score = Trials.score
@@ -94,6 +136,97 @@ def test_a_model_without_a_loss_says_what_to_do_and_is_left_as_it_was() -> None:
     with pytest.raises(CalibrationError, match="alignment"):
         searched(model=model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def t5_without_labels() -> Any:
+    return t5()
+
+
+def llama_whose_loss_is_nan() -> Any:
+    model = llama(4)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    return model
+
+
+@pytest.mark.parametrize("build", [bert, t5_without_labels, llama_whose_loss_is_nan])
+def test_what_gives_no_loss_is_refused_before_anything_is_tried(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trials, "score", lambda *_: pytest.fail("a trial was made"))
+    with pytest.raises(CalibrationError, match='"selector": "alignment"'):
+        searched(model=build())
+
+
+def test_only_the_dense_outputs_are_held_for_the_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, made, alive = 8, [], []
+
+    def main_tensor(output: Any) -> torch.Tensor | None:
+        found = real(output)
+        made.append(weakref.ref(found))
+        alive.append(sum(one() is not None for one in made))
+        return found
+
+    real = trials.main_tensor
+    monkeypatch.setattr(trials, "main_tensor", main_tensor)
+    searched(layers=layers, options={"atp": {"selector": "alignment"}})
+    assert len(alive) > 2 * layers
+    assert max(alive) <= layers + 2  # one held-out batch: what the dense blocks gave, and what is at hand
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of samples
+
+
+def words(number: int) -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": row[None]} for row in token_rows(number, 12).clamp_max(50)]
+
+
+def pictures(number: int) -> list[dict[str, torch.Tensor]]:
+    """Samples that Llava's vision tower sees as well."""
+    made = []
+    while len(made) < number:
+        _, batch = FAMILIES["llava"].build()
+        made += [{name: value[row : row + 1] for name, value in batch.items()} for row in range(2)]
+    return made[:number]
+
+
+@pytest.mark.parametrize("selector", ["loss", "alignment"])
+@pytest.mark.parametrize(
+    ("rows", "held_out"),
+    [
+        (lambda: words(8) + pictures(4), 3),
+        (lambda: pictures(4) + words(8), 3),
+        (lambda: words(8) + pictures(1), 2),  # the only one of its kind is calibrated on
+        (lambda: words(2) + pictures(2), 2),
+    ],
+)
+def test_every_kind_of_sample_is_on_both_sides(
+    rows: Any, held_out: int, selector: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "_TOKENS", 16)  # a trial takes only the first samples
+    given = rows()
+    model, _ = FAMILIES["llava"].build()
+    options = {"atp": {"selector": selector}}
+    report = prune_(
+        model, SparsityConfig(**TARGET, allocation="atp", calibration=given, num_samples=len(given), options=options)
+    )
+    assert f"{selector} on {held_out} held-out samples" in note_of(report)
+    assert 0.69 < report.sparsity < 0.71
+
+
+@pytest.mark.parametrize("first", ["input_ids", "inputs_embeds"])
+def test_each_held_out_batch_has_its_own_kind_of_loss(first: str) -> None:
+    model = llama(4)
+    embedded = [
+        {"inputs_embeds": model.model.embed_tokens(row[None]).detach(), "labels": row[None]} for row in ROWS[:8]
+    ]
+    given = [{"input_ids": row[None]} for row in ROWS[8:]]
+    given = given + embedded if first == "input_ids" else embedded + given
+    report = prune_(model, SparsityConfig(**TARGET, allocation="atp", calibration=given, num_samples=16))
+    assert "loss on 4 held-out samples" in note_of(report)
+
+
+def test_samples_that_are_each_of_another_kind_cannot_be_shared() -> None:
+    model, _ = FAMILIES["llava"].build()
+    with pytest.raises(CalibrationError, match="num_samples"):
+        prune_(model, SparsityConfig(**TARGET, allocation="atp", calibration=words(1) + pictures(1), num_samples=2))
 
 
 def test_a_failure_in_a_trial_leaves_the_model_dense(monkeypatch: pytest.MonkeyPatch) -> None:

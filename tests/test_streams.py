@@ -1,5 +1,7 @@
 """Fitting to the dense stream: what each site gets are the least squares of the pruned model's inputs and the dense one's products."""
 
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,9 +10,11 @@ from families_table import FAMILIES
 from models import llama, mixtral, token_rows
 from torch import nn
 
-from hf_sparse import SparsityConfig, prune_
-from hf_sparse.errors import ConfigError
+from hf_sparse import SparsityConfig, blockwise, is_sparse, prune_
+from hf_sparse.errors import CalibrationError, ConfigError, HfSparseError, PruningInterrupted
+from hf_sparse.lockstep import Lockstep
 from hf_sparse.normal_equations import damped
+from hf_sparse.registry import UPDATES
 from hf_sparse.report import Report
 
 STEP = {"iterations": 200, "damping": 0.01}
@@ -137,4 +141,81 @@ def test_too_few_tokens_are_told_with_the_numbers() -> None:
     with pytest.warns(UserWarning, match="20 calibration tokens cannot determine a Gram matrix of 48 inputs"):
         report: Report = prune_(llama(), config(token_rows(2, 10)))
     assert any("20 calibration tokens" in note for note in report.notes)
+    assert report.sparsity == 0.5
+
+
+def test_statistics_of_one_block_at_a_time_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[Any] = []
+    most = 0
+
+    class Counted(blockwise.Recorder):
+        def __init__(self, *given: Any) -> None:
+            nonlocal most
+            super().__init__(*given)
+            alive.append(weakref.ref(self))
+            most = max(most, sum(one() is not None for one in alive))
+
+    monkeypatch.setattr(blockwise, "Recorder", Counted)
+    prune_(llama(layers=4), config(token_rows(12)))
+    assert len(alive) == 4
+    assert most == 1
+
+
+def test_data_that_break_before_anything_changes_leave_the_model_and_its_claim() -> None:
+    model = llama()
+    prune_(model, SparsityConfig(metric="magnitude"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda *_: (torch.full((1, 1, 32), torch.nan),))
+    with pytest.raises((CalibrationError, HfSparseError)) as caught:
+        prune_(model, config(token_rows(12), targets=["*.o_proj"]))
+    assert not isinstance(caught.value, PruningInterrupted)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert is_sparse(model)
+
+
+def test_when_memory_runs_out_before_anything_changes_the_batch_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    true_start = Lockstep.start
+
+    def start(self: Lockstep, calls: Any) -> None:
+        if len(calls) == 1:
+            raise MemoryError
+        true_start(self, calls)
+
+    monkeypatch.setattr(Lockstep, "start", start)
+    report = prune_(llama(), config(token_rows(12)))
+    assert report.calibration["batch_size"] == 6
+    assert any("halved" in note for note in report.notes)
+
+
+def test_inside_the_callers_autocast_the_pruned_weights_are_used_and_solved_in_full() -> None:
+    reports = {}
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            reports[autocast] = prune_(llama(), config(token_rows(12), update="least_squares"))
+    for one, other in zip(reports[True].blocks, reports[False].blocks, strict=True):
+        assert one.output_error == pytest.approx(other.output_error, rel=0.2)
+
+
+def test_an_input_that_is_always_zero_does_no_harm_without_damping() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = 0
+    options = {name: {"damping": 0.0} for name in ("dense_stream", "least_squares")}
+    report = prune_(model, config(token_rows(12, 32), options=options))
+    assert report.sparsity == 0.5
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_half_precision_weights_that_would_overflow_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = UPDATES["least_squares"]
+    monkeypatch.setitem(UPDATES._entries, "least_squares", replace(entry, function=lambda p: (p.target * 1e30, p.mask)))
+    model = llama().half()
+    report = prune_(model, config(token_rows(12), update="least_squares"))
+    assert all("not finite" in site.note for site in report.sites)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_reordered_channels_do_not_disturb_the_dense_stream() -> None:
+    report = prune_(llama(), config(token_rows(12), permute=True))
+    assert report.permutations
     assert report.sparsity == 0.5

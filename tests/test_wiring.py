@@ -8,6 +8,7 @@ from families_table import FAMILIES
 from models import bert, llama, mixtral, t5
 
 from hf_sparse.calibrate import ready, survey
+from hf_sparse.errors import ModelError
 from hf_sparse.families import find_sites
 from hf_sparse.wiring import Wiring
 
@@ -80,3 +81,41 @@ def test_the_model_is_left_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wiring_of(model, IDS)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt_neox"])
+def test_half_precision_sees_the_same(family: str, dtype: torch.dtype) -> None:
+    built = (llama(), IDS) if family == "llama" else FAMILIES[family].build()
+    expected = wiring_of(*built).enters
+    found = wiring_of(built[0].to(dtype), built[1]).enters
+    assert found.keys() == expected.keys()
+    for operand, factor in found.items():
+        torch.testing.assert_close(factor, expected[operand], rtol=0.02, atol=0.02)
+
+
+def test_a_product_behind_a_gate_does_not_enter() -> None:
+    model = llama()
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = torch.nn.Sigmoid()  # open half way where its input is zero
+
+    def gated(x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(5 * mlp.gate_proj(x)[..., :32]) * mlp.down_proj(mlp.up_proj(x))
+
+    mlp.forward = gated
+    assert "down_proj" not in short(wiring_of(model, IDS).enters)
+
+
+def test_a_block_that_writes_into_its_input_is_refused() -> None:
+    model = llama()
+    layer = model.model.layers[0]
+    own = layer.forward
+
+    def writing(hidden_states: torch.Tensor, **given: Any) -> Any:
+        output = own(hidden_states, **given)
+        hidden_states.add_(1.0)
+        return output
+
+    layer.forward = writing
+    with pytest.raises(ModelError, match="writes into its own input"):
+        wiring_of(model, IDS)
