@@ -1,4 +1,9 @@
-"""Searches for an allocation on calibration samples that are held out; never worse there than the uniform one."""
+"""Searches for an allocation on calibration samples that are held out.
+
+Candidates are compared by trials, which prune on few samples; the best one is then pruned with on all. Uniform is too, and the better
+of the two on the held-out samples is kept, unless the best one beats uniform's trial by more than twice what its own score differed
+between trial and pruning. Then uniform is known from its trial alone, and the note in the report says so.
+"""
 
 import math
 import time
@@ -15,9 +20,10 @@ from hf_sparse.blockwise import Run
 from hf_sparse.data import Sample
 from hf_sparse.errors import CalibrationError
 from hf_sparse.patterns import Pattern
-from hf_sparse.trials import Trials
+from hf_sparse.trials import Trials, by_kind
 
 _FIRST = (0.0, 0.25, 0.5)  # steps of the ramp, in units of the bound
+_FURTHER = 0.25  # from the outermost on
 _SPACINGS = (1 / 8, 1 / 16)  # around the best so far
 _WORTH = 0.01  # a finer step is looked for while the last ones won this share of what was won in all
 _NARROWEST = 8  # how often the width of a block search is halved at most, as a divisor: width / 8
@@ -27,17 +33,24 @@ Key = tuple[float, ...]
 
 
 def held_back(run: Run, rows: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Samples to calibrate on, and the last ones, which are kept for scoring where the allocation is searched for."""
+    """Samples to calibrate on, and the last ones of each kind, which are kept for scoring where the allocation is searched for.
+
+    The only sample of its kind is calibrated on: without it the blocks that no other sample runs could not be pruned.
+    """
     if not run.config.searches:
         return list(rows), []
     name = str(run.config.allocation)
-    number = max(1, round(len(rows) * run.config.options_of(name)["held_out"]))
-    if number >= len(rows):
+    share, kept = run.config.options_of(name)["held_out"], set()
+    for positions in by_kind(rows):
+        number = min(max(1, round(len(positions) * share)), len(positions) - 1)
+        kept |= set(positions[len(positions) - number :])
+    if not kept:
         raise CalibrationError(
-            f"{len(rows)} calibration samples cannot be shared between calibration and the search of allocation {name!r}; "
-            "give more, with num_samples."
+            f"{len(rows)} calibration samples, no two of one kind, cannot be shared between calibration and the search of "
+            f"allocation {name!r}; give more, with num_samples."
         )
-    return list(rows[:-number]), list(rows[-number:])
+    calibrated = [row for position, row in enumerate(rows) if position not in kept]
+    return calibrated, [row for position, row in enumerate(rows) if position in kept]
 
 
 @dataclass
@@ -86,7 +99,9 @@ def _score(trials: Trials, found: _Found, candidates: Mapping[Key, Shares], bar:
 
 
 def _ramps(run: Run, blocks: list[BlockSize], trials: Trials, bar: Any) -> tuple[_Found, float]:
-    """ATP's ramp: coarse steps first, further out while the outermost is best, then finer around the best."""
+    """ATP's ramp: coarse steps upwards first; downwards if none of them helps; either way further out to the bound while the outermost
+    is best; then finer around the best.
+    """
     target = run.config.target
     limit = min(bound(target, len(stack)) for stack in stacks(blocks))
     found = _Found()
@@ -100,11 +115,11 @@ def _ramps(run: Run, blocks: list[BlockSize], trials: Trials, bar: Any) -> tuple
         return found.best()[0]
 
     best = best_of(_FIRST)
-    if best == _FIRST[0]:
-        best = best_of((-_FIRST[1],))
-    for further in (0.75, 1.0):
-        if best == further - 0.25:
-            best = best_of((further,))
+    direction = 1 if best > 0 else -1
+    outermost = _FIRST[-1] if best > 0 else 0.0
+    while best == outermost and abs(outermost) < 1:
+        outermost += direction * _FURTHER
+        best = best_of((outermost,))
     for spacing in _SPACINGS:
         won = found.scores[0.0,] - found.scores[found.best()]
         before, best = best, best_of((best - spacing, best + spacing))
@@ -160,10 +175,14 @@ def _conclude(run: Run, trials: Trials, found: _Found, even: float, note: str, s
     """Prune with the best candidate on all samples; uniformly as well, unless that is clearly worse, and keep what is better."""
     uniform, best = dict(run.shares), found.shares[found.best()]
     kept, score = trials.real(best)
+    compared = f"about {even:.5g} in a trial"
+    if best == uniform:
+        compared = f"{score:.5g}"
     # How far trials are from the truth shows in the best one's; within twice that nothing is sure.
-    if best != uniform and score > even - 2 * abs(score - found.scores[found.best()]):
+    elif score > even - 2 * abs(score - found.scores[found.best()]):
         trials.restore()
         other, even = trials.real(uniform)
+        compared = f"{even:.5g}"
         if score < even:
             trials.restore()
             other, _ = trials.real(best)
@@ -175,5 +194,5 @@ def _conclude(run: Run, trials: Trials, found: _Found, even: float, note: str, s
     run.notes += kept.notes
     run.notes.append(
         f"allocation {run.config.allocation} searched with {trials.number} trials, {cost:.1f} times the cost of one pruning: {chosen}; "
-        f"{trials.selector} on {rows} held-out samples {score:.5g}, uniform {even:.5g}"
+        f"{trials.selector} on {rows} held-out samples {score:.5g}, uniform {compared}"
     )

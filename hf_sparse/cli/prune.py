@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_sparse.cli.loading import add_loading, hub_options, load_model, load_processor, model_name
 from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config import SparsityConfig
-from hf_sparse.config.serialise import read_fields
+from hf_sparse.config.serialise import mapping, read_fields, read_value
 from hf_sparse.errors import ConfigError
 from hf_sparse.evaluate import Measurement, evaluate
 from hf_sparse.prune import prune_
@@ -43,8 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     fields.add_argument(
         "--permute",
-        action="store_const",
-        const=True,
+        action=argparse.BooleanOptionalAction,
         default=None,
         help="reorder channels so that N:M groups lose less",
     )
@@ -79,9 +76,9 @@ def options(words: list[str]) -> dict[str, dict[str, Any]]:
         if not (equals and dot and name and key):
             raise ConfigError(f"option {word!r} cannot be read; write NAME.KEY=VALUE, such as dass.exponent=0.5.")
         try:
-            found.setdefault(name, {})[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"option {word!r} has a value that cannot be read; write a number or a word.") from error
+            found.setdefault(name, {})[key] = read_value(value)
+        except ConfigError as error:
+            raise ConfigError(f"option {path!r}: {error}") from error
     return found
 
 
@@ -112,9 +109,9 @@ def build_config(arguments: argparse.Namespace) -> SparsityConfig:
             int(arguments.batch_size) if re.fullmatch(r"[0-9]+", arguments.batch_size) else arguments.batch_size
         )
     if arguments.option:
-        merged = {name: dict(given) for name, given in values.get("options", {}).items()}
+        merged = mapping("options", values.get("options", {}))
         for name, given in options(arguments.option).items():
-            merged.setdefault(name, {}).update(given)
+            merged[name] = {**mapping(f"options[{name!r}]", merged.get(name, {})), **given}
         values["options"] = merged
     return SparsityConfig.from_dict(values)
 

@@ -42,12 +42,27 @@ def known_version(name: str, version: object) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 2:4 as a number to base 60 (124); here it is a pattern."""
+    """YAML 1.1 reads 2:4 as a number to base 60 (124) and 1e-3 as text; here they are a pattern and a number, as in YAML 1.2."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         if kind is yaml.ScalarNode and isinstance(value, str) and re.fullmatch(r"\d+:\d+", value):
             return self.DEFAULT_SCALAR_TAG
         return super().resolve(kind, value, implicit)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\.[0-9]+|(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+
+
+def read_value(text: str) -> Any:
+    """A value as it would stand in a YAML file: a number, a truth value, a word or a list; ConfigError where it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"the value {text[:80]!r} cannot be read; write a number or a word.") from error
 
 
 class Serialisable:

@@ -23,7 +23,7 @@ def _growth(changed: int, kept: int) -> float:
     "admm",
     source="arXiv 2406.07831, section 3",
     needs=("gram",),
-    options={"mask": "choose", "penalty": 0.1, "iterations": 300, "damping": 0.01, "final_iterations": 30},
+    options={"mask": "choose", "penalty": 0.1, "iterations": 300, "damping": 0.01, "final_iterations": 20},
     choices={"mask": ("choose", "given")},
 )
 def admm(problem: Problem) -> Solution:
@@ -39,17 +39,17 @@ def admm(problem: Problem) -> Solution:
     scale = scale.to(problem.target.dtype)
     goal = problem.target * scale
     mask = problem.choose(problem.scores) if problem.mask is None else problem.mask
-    if problem.options["mask"] == "choose":
-        mask = _settled(problem, goal, mask, values, vectors)
-    unit = (vectors * values) @ vectors.T
     start = torch.where(mask, problem.weight * scale, 0)
+    if problem.options["mask"] == "choose":
+        start, mask = _settled(problem, goal, mask, values, vectors)
+    unit = (vectors * values) @ vectors.T
     return solve(goal, start, mask, unit, problem.options["final_iterations"]) / scale, mask
 
 
 def _settled(
     problem: Problem, goal: torch.Tensor, mask: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor
-) -> torch.Tensor:
-    """The mask on which ADMM settles."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights and the mask on which ADMM settles."""
     penalty = float(problem.options["penalty"])
     image = (goal @ vectors * values) @ vectors.T
     sparse, dual = torch.where(mask, goal, 0), torch.zeros_like(goal)
@@ -70,4 +70,4 @@ def _settled(
             penalty, dual = penalty * factor, dual / factor
             inverse = (vectors / (values + penalty)) @ vectors.T
             checked = mask
-    return mask
+    return sparse, mask
