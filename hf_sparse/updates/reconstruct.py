@@ -7,7 +7,7 @@ from hf_sparse.updates import Problem, Solution
 @UPDATES.register(
     "reconstruct",
     source="arXiv 2510.14444",
-    options={"steps": 100, "learning_rate": 0.04, "batch_tokens": 512},
+    options={"steps": 100, "learning_rate": 0.02, "batch_tokens": 1024},
     ranges={"steps": (1, 100_000), "learning_rate": (1e-9, 10), "batch_tokens": (1, 10**9)},
     second_stream=True,
     runs_blocks=True,

@@ -47,9 +47,9 @@ TIERS: dict[str, dict[str, Any]] = {
     "dense stream, sparsegpt": {"metric": "sparsegpt", "update": ("dense_stream", "sparsegpt")},
     "dense stream, admm (default)": {},
     "dense stream, admm, permute": {"permute": True},
-    "wanda, reconstruct 64": {**WANDA, "update": "reconstruct", "options": {"reconstruct": {"steps": 64}}},
-    "dense stream, admm, reconstruct 64": reconstruct(64),
-    "dense stream, admm, reconstruct 300": reconstruct(300),
+    "wanda, reconstruct 40": {**WANDA, "update": "reconstruct", "options": {"reconstruct": {"steps": 40}}},
+    "dense stream, admm, reconstruct 40": reconstruct(40),
+    "dense stream, admm, reconstruct 220": reconstruct(220),
 }  # fmt: skip
 
 UNSTRUCTURED = {"pattern": "unstructured", "sparsity": 0.7}
