@@ -439,3 +439,12 @@ def test_dsnot_keeps_the_values_of_an_update_before_it() -> None:
 def test_defaults_are_as_published() -> None:
     assert UPDATES["dsnot"].options == {"cycles": 50, "threshold": 0.1, "variance_power": 1.0}
     assert UPDATES["sparsegpt"].options == {"damping": 0.01}
+
+
+def test_admm_reaches_as_far_by_factorisations_as_by_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(random(48, 64), correlated(300, 64))
+    errors = []
+    for most in (1024, 1):
+        monkeypatch.setattr("hf_sparse.updates.admm._EIGEN_UPTO", most)
+        errors.append(error(problem, run("admm", problem)[0]))
+    assert errors[1] <= 1.05 * errors[0]

@@ -3,15 +3,18 @@
 Meng et al. (ALPS), arXiv 2406.07831, sections 3.1 to 3.3, and Boza, arXiv 2401.02938.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from hf_sparse.normal_equations import damped, eigen
+from hf_sparse.normal_equations import damped, eigen, factor
 from hf_sparse.registry import UPDATES
 from hf_sparse.updates import Problem, Solution
 from hf_sparse.updates.least_squares import solve
 
 _CHECK = 3  # iterations between two looks at how far the mask has settled
 _LEAST = 10  # iterations
+_EIGEN_UPTO, _RARER = 1024, 3  # inputs; how much more rarely the penalty grows beyond
 
 
 def _growth(changed: int, kept: int) -> float:
@@ -33,27 +36,39 @@ def admm(problem: Problem) -> Solution:
     """
     hessian = damped(problem.statistics["gram"], problem.options["damping"])
     scale = hessian.diagonal().sqrt()
-    values, vectors = (
-        found.to(problem.target.dtype) for found in eigen(hessian / scale / scale[:, None], 0.0, problem.notes)
-    )
+    unit = hessian / scale / scale[:, None]
     scale = scale.to(problem.target.dtype)
     goal = problem.target * scale
     mask = problem.choose(problem.scores) if problem.mask is None else problem.mask
     start = torch.where(mask, problem.weight * scale, 0)
     if problem.options["mask"] == "choose":
-        start, mask = _settled(problem, goal, mask, values, vectors)
-    unit = (vectors * values) @ vectors.T
-    return solve(goal, start, mask, unit, problem.options["final_iterations"]) / scale, mask
+        start, mask = _settled(problem, goal, mask, unit)
+    return solve(goal, start, mask, unit.to(goal.dtype), problem.options["final_iterations"]) / scale, mask
+
+
+def _inverses(unit: torch.Tensor, dtype: torch.dtype, notes: list[str]) -> Callable[[float], torch.Tensor]:
+    """A function that gives (unit + penalty)^-1 for any penalty.
+
+    One eigendecomposition serves all penalties; for many inputs it takes far longer than a few Cholesky factorisations.
+    """
+    if len(unit) > _EIGEN_UPTO:
+        eye = torch.eye(len(unit), dtype=unit.dtype, device=unit.device)
+        return lambda penalty: torch.cholesky_inverse(factor(unit + penalty * eye, 0.0, notes)).to(dtype)
+    values, vectors = (found.to(dtype) for found in eigen(unit, 0.0, notes))
+    return lambda penalty: (vectors / (values + penalty)) @ vectors.T
 
 
 def _settled(
-    problem: Problem, goal: torch.Tensor, mask: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor
+    problem: Problem, goal: torch.Tensor, mask: torch.Tensor, unit: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights and the mask on which ADMM settles."""
     penalty = float(problem.options["penalty"])
-    image = (goal @ vectors * values) @ vectors.T
+    inverse_of = _inverses(unit, goal.dtype, problem.notes)
+    image = goal @ unit.to(goal.dtype)
     sparse, dual = torch.where(mask, goal, 0), torch.zeros_like(goal)
-    inverse = (vectors / (values + penalty)) @ vectors.T
+    inverse = inverse_of(penalty)
+    # Where each penalty costs a factorisation, it grows more rarely and in larger steps.
+    rarer = _RARER if len(unit) > _EIGEN_UPTO else 1
     kept = int(mask.sum())
     checked = mask
     for iteration in range(int(problem.options["iterations"])):
@@ -62,12 +77,12 @@ def _settled(
         mask = problem.choose(wanted.abs())
         sparse = wanted * mask
         dual = wanted - sparse
-        if iteration % _CHECK == _CHECK - 1:
+        if (iteration + 1) % (_CHECK * rarer) == 0:
             changed = int((mask ^ checked).sum()) // 2
             if changed == 0 and iteration > _LEAST:
                 break
-            factor = _growth(changed, kept)
-            penalty, dual = penalty * factor, dual / factor
-            inverse = (vectors / (values + penalty)) @ vectors.T
+            growth = _growth(changed, kept) ** rarer
+            penalty, dual = penalty * growth, dual / growth
+            inverse = inverse_of(penalty)
             checked = mask
     return sparse, mask
