@@ -116,11 +116,11 @@ def _told(result: dict[str, Any], best: Report) -> str:
         f"calibrated on stdlib:calibration ({result['text']['fingerprints']['calibration']}), measured on stdlib:evaluation "
         f"({result['text']['fingerprints']['evaluation']}), {measured['tokens']} predicted tokens, windows of {measured['window']}",
         "",
-        f"{'name':<10} {'recipe':<28} {'zeros':>8} {'perplexity':>11} {'seconds':>8}",
+        f"{'name':<10} {'recipe':<34} {'zeros':>8} {'perplexity':>11} {'seconds':>8}",
     ]
     for row in result["rows"]:
         lines.append(
-            f"{row['name']:<10} {row['recipe']:<28} {100 * row['sparsity']:>7.2f}% {row['perplexity']:>11.3f} {row['seconds']:>8.1f}"
+            f"{row['name']:<10} {row['recipe']:<34} {100 * row['sparsity']:>7.2f}% {row['perplexity']:>11.3f} {row['seconds']:>8.1f}"
         )
     lines += ["", str(best), ""]
     sizes = result["bytes"]
