@@ -68,20 +68,22 @@ def _by_input(block_plan: BlockPlan, config: SparsityConfig) -> list[list[SitePl
     return list(groups.values())
 
 
+def on_rows(plan: SitePlan, value: torch.Tensor) -> torch.Tensor:
+    """A norm of the consumer's input (in,) brought to the site's rows (out,); a row that several columns read counts with all."""
+    rows = torch.tensor(plan.feed.rows if plan.feed else (), device=value.device)
+    fed = rows >= 0
+    target = value.new_zeros(plan.site.shape[0])
+    if bool(fed.all()) and len(rows) == len(target) and len(torch.unique(rows)) == len(rows):
+        return target.index_copy(0, rows, value)
+    return target.index_add(0, rows[fed], value[fed] ** 2).sqrt()
+
+
 def _consumer(plan: SitePlan, recorder: Recorder, sites: Mapping[str, Site]) -> dict[str, torch.Tensor]:
-    """The consumer's norm brought to the site's rows; a row that several columns read counts with all of them."""
+    """The statistics that the metric wants of the consumer's input, on the site's rows."""
     if plan.feed is None:
         return {}
-    found = {}
-    for name, value in recorder.own(sites[plan.feed.consumer], plan.metric.consumer_needs).items():
-        rows = torch.tensor(plan.feed.rows, device=value.device)
-        fed = rows >= 0
-        one_to_one = bool(fed.all()) and len(rows) == plan.site.shape[0] and len(torch.unique(rows)) == len(rows)
-        target = value.new_zeros(plan.site.shape[0])
-        found[name] = (
-            target.index_copy(0, rows, value) if one_to_one else target.index_add(0, rows[fed], value[fed] ** 2).sqrt()
-        )
-    return found
+    values = recorder.own(sites[plan.feed.consumer], plan.metric.consumer_needs)
+    return {name: on_rows(plan, value) for name, value in values.items()}
 
 
 def _measured(block_plan: BlockPlan, plan: SitePlan) -> tuple[SitePlan, Inputs]:

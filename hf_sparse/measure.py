@@ -1,6 +1,6 @@
 """Looks at the dense blocks before anything is pruned, for allocations that choose by what they see there."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 
 from transformers.utils import logging as transformers_logging
@@ -11,10 +11,10 @@ from hf_sparse.blockwise import Run
 from hf_sparse.calibrate import forward
 from hf_sparse.data import Batch
 from hf_sparse.errors import CalibrationError
-from hf_sparse.forwards import Call, walk
+from hf_sparse.forwards import walk
 from hf_sparse.observe import operand_of
 from hf_sparse.record import Recorder
-from hf_sparse.sites import read
+from hf_sparse.sites import Site, read
 
 
 def allot_(run: Run, batches: Sequence[Batch]) -> None:
@@ -42,8 +42,19 @@ def allot_(run: Run, batches: Sequence[Batch]) -> None:
 
 def _measured(run: Run, batches: Sequence[Batch]) -> dict[int, float]:
     """What the allocation measures of each block to be pruned; a block that runs several times counts all its runs."""
-    recorders: dict[int, Recorder] = {}
+    entry = measured_by(run.config)
     found: dict[int, float] = {}
+    for block, recorder in dense_recorders(run, batches, run.chosen, entry.needs if entry else frozenset()):
+        if block.index in run.chosen:
+            found |= _closed(run, block, recorder)
+    return found
+
+
+def dense_recorders(
+    run: Run, batches: Sequence[Batch], sites: Mapping[int, Sequence[Site]], statistics: Collection[str]
+) -> Iterator[tuple[Block, Recorder]]:
+    """One pass over the dense model: each loaded block after its last run, with `statistics` of what entered its `sites`."""
+    recorders: dict[int, Recorder] = {}
     left = {index: run.survey.expected(index, batches) for index in run.chosen}
     passes = [forward(run.model, batch.values) for batch in batches]
     with (
@@ -51,27 +62,20 @@ def _measured(run: Run, batches: Sequence[Batch]) -> dict[int, float]:
         closing(walk(run.inventory.blocks, passes, run.survey.order())) as turns,
     ):
         for calls in turns:
-            block = calls[0].block
+            block, own = calls[0].block, sites.get(calls[0].block.index, [])
+            needs = {operand_of(site): set(statistics) for site in own}
+            recorder = recorders.setdefault(block.index, Recorder(own, needs, 1))
             with block.loaded(run.config.device):
-                _run(run, block, calls, recorders, batches)
+                for call in calls:
+                    with recorder.listening(run.model, own, batches[call.batch]):
+                        call.output = call(run.config.device)
                 left[block.index] = left.get(block.index, 0) - len(calls)
-                if block.index in run.chosen and left[block.index] <= 0:
-                    found |= _closed(run, block, recorders.pop(block.index))
-                    bar.update()
+                if left[block.index] <= 0:
+                    yield block, recorders.pop(block.index)
+                    bar.update(int(block.index in run.chosen))
             del calls
-            if len(found) == len(run.chosen):
+            if all(count <= 0 for count in left.values()):
                 break
-    return found
-
-
-def _run(run: Run, block: Block, calls: list[Call], recorders: dict[int, Recorder], batches: Sequence[Batch]) -> None:
-    sites = run.chosen.get(block.index, [])
-    entry = measured_by(run.config)
-    needs = {operand_of(site): set(entry.needs) for site in sites} if entry else {}
-    recorder = recorders.setdefault(block.index, Recorder(sites, needs, sample_each=1))
-    for call in calls:
-        with recorder.listening(run.model, sites, batches[call.batch]):
-            call.output = call(run.config.device)
 
 
 def _closed(run: Run, block: Block, recorder: Recorder) -> dict[int, float]:

@@ -21,6 +21,11 @@ ERROR_SAMPLE = 256  # tokens at most on which the output error of a site is meas
 Identity = tuple[int, tuple[int, ...], int, tuple[int, ...], int]
 
 
+def identity(x: torch.Tensor) -> Identity:
+    """What tells a tensor from others, as long as it is held: later readers of the same input have the same."""
+    return x.data_ptr(), tuple(x.shape[-1:]), x.numel(), x.stride(), x._version
+
+
 class _Present(NamedTuple):
     """A tensor that was read in the present call: whose input it is, and which statistics have it already."""
 
@@ -51,8 +56,8 @@ class Recorder:
         """The observer's callback."""
         if operand not in self._wanted:
             return
-        identity = (x.data_ptr(), tuple(x.shape[-1:]), x.numel(), x.stride(), x._version)
-        present = self._present.get(identity)
+        same = identity(x)
+        present = self._present.get(same)
         key = self.input_of.setdefault(operand, present.key if present else operand)
         if present is not None and present.key != key:
             raise CalibrationError(
@@ -65,7 +70,7 @@ class Recorder:
             # the block. Products that share an input stand close together.
             while len(self._present) >= _HELD:
                 self._check(self._present.pop(next(iter(self._present))))
-            present = self._present[identity] = _Present(key, x, set())
+            present = self._present[same] = _Present(key, x, set())
             self._count(key, operand, flat)
         # A later reader of the same input may need a statistic that the first one did not.
         for name in sorted(self._needs.get(operand, set()) - present.added):

@@ -19,6 +19,7 @@ from hf_sparse.lockstep import Arrival, Lockstep
 from hf_sparse.observe import Operand, operand_of
 from hf_sparse.plan import SitePlan
 from hf_sparse.record import Recorder
+from hf_sparse.registry import UPDATES
 from hf_sparse.report import SiteReport
 from hf_sparse.sites import Site, stored_rows
 from hf_sparse.statistics import products
@@ -34,7 +35,10 @@ class TwoStreams:
     ) -> None:  # fmt: skip
         self._model, self._config, self._block, self._changing = model, config, block, changing
         self._sites = {site.name: site for site in sites}
-        self._recorder, self._ahead, self._wiring = recorder, ahead, wiring
+        self._recorder, self._ahead = recorder, ahead
+        # Without an update that sets targets by them, what the pruned stream lacks need not be measured.
+        self._fitted = any(UPDATES[name].traits.get("sets_target") for name in config.update)
+        self._enters = wiring.enters if self._fitted else {}
         targeted = {operand_of(plan.site) for plan in plans}
         self._stages = [group for group in wiring.inputs if targeted & set(group)]
         self._plans = {plan.site.name: plan for plan in plans}
@@ -52,14 +56,14 @@ class TwoStreams:
                 main_tensor((call.args, call.kwargs)),
                 main_tensor((partners[call.batch].args, partners[call.batch].kwargs)),
             )
-            if self._wiring.enters and here is not None and there is not None and here.shape == there.shape:
+            if self._enters and here is not None and there is not None and here.shape == there.shape:
                 self._lost[call.batch] = (there - here).float().flatten(0, -2)
         stops = {group[0] for group in self._stages}
         staged = {operand for group in self._stages for operand in group}
         sites = list(self._sites.values())
 
         def made(sign: int, call: Call, operand: Operand, x: torch.Tensor, product: torch.Tensor) -> None:
-            factor, number = self._wiring.enters.get(operand), numbers[id(call)]
+            factor, number = self._enters.get(operand), numbers[id(call)]
             if factor is not None and number in self._lost:
                 lost = self._lost[number].to(product.device)  # where the block computes, whatever its input came from
                 change = sign * factor.to(product.device) * product.detach().float()
@@ -102,13 +106,13 @@ class TwoStreams:
             self._recorder.arrived(stage, arrival.x, self._batches[batch])
             x = arrival.x.flatten(0, -2)
             partner = there.get(batch)
-            if partner is not None and partner.x.shape == arrival.x.shape:
+            if self._fitted and partner is not None and partner.x.shape == arrival.x.shape:
                 found = products(partner.x.flatten(0, -2).float() - x.float(), x)
                 drift = found if drift is None else drift + found
             lost = self._lost.get(batch)
             for operand in stage:
-                if operand in self._wiring.enters and lost is not None and len(lost) == len(x):
-                    owed = products(lost.to(x.device) / self._wiring.enters[operand].to(x.device), x)
+                if operand in self._enters and lost is not None and len(lost) == len(x):
+                    owed = products(lost.to(x.device) / self._enters[operand].to(x.device), x)
                     debts[operand] = debts[operand] + owed if operand in debts else owed
         streams: dict[str, dict[str, torch.Tensor]] = {}
         for name, plan in self._plans.items():

@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_sparse.forwards import Call, main_tensor, run_again
 from hf_sparse.observe import Observer, Operand
+from hf_sparse.record import Identity, identity
 from hf_sparse.sites import Site
 
 _ROUNDING = 1e-3  # relative; noise that enters the output as it is comes back this exactly
@@ -31,7 +32,8 @@ def find_wiring(model: nn.Module, sites: Sequence[Site], call: Call, device: str
     """Run a call of a dense block a few times and look; the block's weights stay as they are."""
     found = Wiring()
     products: dict[Operand, torch.Tensor] = {}
-    held: list[tuple[torch.Tensor, int, list[Operand]]] = []
+    groups: dict[Identity, list[Operand]] = {}
+    held: list[torch.Tensor] = []  # so that no other tensor takes an input's address
     stream = main_tensor((call.args, call.kwargs))
     routed = False
 
@@ -43,16 +45,12 @@ def find_wiring(model: nn.Module, sites: Sequence[Site], call: Call, device: str
         if operand in products:
             return
         products[operand] = product.detach().clone()
-        for other, version, group in held:
-            same = other.data_ptr() == x.data_ptr() and other.shape == x.shape and other.stride() == x.stride()
-            if same and version == x._version:
-                group.append(operand)
-                return
-        held.append((x, x._version, [operand]))
+        groups.setdefault(identity(x), []).append(operand)
+        held.append(x)
 
     with Observer(model, sites, look):
         output = main_tensor(run_again(call, device))
-    found.inputs = [group for *_, group in held]
+    found.inputs = list(groups.values())
     if stream is None or output is None or output.shape != stream.shape:
         return found
     candidates = {operand: product for operand, product in products.items() if _like(product, stream)}

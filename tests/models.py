@@ -89,3 +89,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def text(words: int) -> str:
     return " ".join(WORDS[index % len(WORDS)] for index in range(words))
+
+
+def outputs_are_finite(model: Any, inputs: dict[str, torch.Tensor]) -> bool:
+    with torch.no_grad():
+        outputs = model(**inputs)
+    given = [value for value in outputs.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return all(bool(torch.isfinite(value).all()) for value in given)
