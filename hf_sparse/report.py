@@ -2,19 +2,26 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self, get_type_hints
 
 from hf_sparse.errors import CheckpointError, ConfigError, HfSparseError
 from hf_sparse.patterns import Pattern
+from hf_sparse.recovery import Recovery, finite, fits, set_aside, shown
 
 FILE_NAME = "hf_sparse_report.json"
 FORMAT = 1
 _LARGEST_FILE = 256 * 2**20
+_SAME = (
+    "metric",
+    "window",
+    "stride",
+    "text",
+    "fingerprint",
+    "tokens",
+)  # in these, two figures are of the same measurement
 _CALIBRATION = ("source", "samples", "tokens", "batch_size", "fingerprint")
 
 
@@ -89,6 +96,7 @@ class Report:
     permuted: dict[str, list[str]] = field(
         default_factory=dict
     )  # the same names -> "tensor[:, 0:64]", as numpy writes it
+    recoveries: list[Recovery] = field(default_factory=list)  # trainings since the pruning, in order
     format: int = FORMAT
 
     @property
@@ -124,9 +132,28 @@ class Report:
             "block_sparsity": self.block_sparsity,
         }
 
+    def add_recovery(self, recovery: Recovery, in_place_of: Recovery | None = None) -> None:
+        """Tell of a training, or renew what was told of it earlier.
+
+        Where steps were added, the figures evaluated so far are those of the model before it, and are set aside as such.
+        """
+        self.recoveries = [one for one in self.recoveries if one is not in_place_of] + [recovery]
+        if recovery.steps != (in_place_of.steps if in_place_of else 0):
+            self.evaluations = [set_aside(values) for values in self.evaluations]
+
+    def add_evaluation(self, values: Mapping[str, Any]) -> None:
+        """Tell of a figure (fields of model_cards.Evaluation); it completes the one set aside that was measured in the same way."""
+        for earlier in self.evaluations:
+            if earlier.get("sparse") is None and all(earlier.get(name) == values.get(name) for name in _SAME):
+                earlier.update({name: value for name, value in values.items() if value is not None})
+                return
+        self.evaluations.append(dict(values))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` takes back and JSON can hold: a figure that is not finite becomes None."""
-        plain: dict[str, Any] = _finite({**dataclasses.asdict(self), "totals": self.totals()})
+        rest = dataclasses.asdict(dataclasses.replace(self, recoveries=[]))
+        recoveries = [recovery.to_dict() for recovery in self.recoveries]
+        plain: dict[str, Any] = finite({**rest, "recoveries": recoveries, "totals": self.totals()})
         return plain
 
     @classmethod
@@ -139,7 +166,9 @@ class Report:
                 raise CheckpointError(
                     f"the report has format {plain['format']!r}, this hf_sparse reads {FORMAT}; upgrade hf_sparse."
                 )
-            report = cls(**{**plain, "blocks": [_block(block) for block in plain["blocks"]]})
+            recoveries = _recoveries(plain.get("recoveries", []))
+            blocks = [_block(block) for block in plain["blocks"]]
+            report = cls(**{**plain, "blocks": blocks, "recoveries": recoveries})
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"this is no report of hf_sparse ({type(error).__name__}: {error}).") from error
         for wrong in _misfits(report):
@@ -181,6 +210,12 @@ class Report:
         return plot_report(self, Path(path))
 
 
+def _recoveries(values: object) -> list[Recovery]:
+    if not isinstance(values, list):
+        raise CheckpointError(f"this is no report of hf_sparse: recoveries is {shown(values)}.")
+    return [Recovery.from_dict(item) for item in values]
+
+
 def _block(values: Mapping[str, Any]) -> BlockReport:
     sites = [SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in values["sites"]]
     return BlockReport(**{**values, "sites": sites})
@@ -193,8 +228,8 @@ def _misfits(part: "Report | BlockReport | SiteReport") -> Iterable[str]:
     """What in a report that was read is not of the type it must have, as it may come from anyone."""
     for name, hint in _HINTS[type(part).__name__].items():
         value = getattr(part, name)
-        if not _fits(value, hint):
-            yield f"{name} is {value!r:.80}"
+        if not fits(value, hint):
+            yield f"{name} is {shown(value)}"
         for inner in value if name in ("blocks", "sites") and isinstance(value, list) else ():
             yield from _misfits(inner)
     if isinstance(part, Report):
@@ -202,31 +237,6 @@ def _misfits(part: "Report | BlockReport | SiteReport") -> Iterable[str]:
         yield from (
             f"{name} has no {key}" for name, keys in needed.items() for key in keys if key not in getattr(part, name)
         )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind is UnionType:
-        return any(_fits(value, one) for one in inner)
-    if kind in (list, tuple):
-        right_length = kind is list or len(value) == len(inner)
-        return isinstance(value, kind) and right_length and all(_fits(item, inner[0]) for item in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) and _fits(value[key], inner[1]) for key in value)
-    if hint is float:
-        return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e300
-    if hint is int:
-        return not isinstance(value, bool) and isinstance(value, int) and abs(value) < 2**63
-    return hint is Any or isinstance(value, hint)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN; a figure that is not finite becomes null, which reads as not measured."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def percent(value: float | None) -> str:
@@ -284,4 +294,5 @@ def _lines(report: Report) -> Iterable[str]:
     peak = report.peak_memory_bytes
     memory = "" if peak is None else f", peak memory of the process {peak / 2**20:.0f} MiB"
     yield f"{report.seconds:.1f} s{memory}"
+    yield from map(str, report.recoveries)
     yield from (f"note: {note}" for note in report.notes)

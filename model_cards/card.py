@@ -17,7 +17,7 @@ from hf_sparse import embedded
 from hf_sparse.errors import CheckpointError
 from hf_sparse.replace import write_whole
 from hf_sparse.report import Report
-from model_cards import again, evaluation, facts
+from model_cards import again, evaluation, facts, recovery
 from model_cards.escape import clean, code, fenced, json_text, plain
 from model_cards.evaluation import Evaluation
 from model_cards.merge import BEGIN, END, header_comment, merge, section_of
@@ -51,6 +51,7 @@ class SparseModelCard(ModelCard):
         Raises: CheckpointError where the report is damaged.
         """
         facts.check(report)
+        recovery.check(report)
         base = base_model or _base_of(report)
         evaluations = evaluations or [Evaluation.from_dict(values) for values in report.evaluations]
         data = _card_data(report, base, evaluations, base_card)
@@ -60,12 +61,15 @@ class SparseModelCard(ModelCard):
             "header_comment": header_comment(data.to_dict()),
             "title": plain(_title(report, base)),
             "evaluations": evaluation.rows(evaluations),
+            "before_recovery": evaluation.with_recovery(evaluations),
             "same_text": _calibrated_on(report, evaluations),
+            "trained_text": recovery.trained_on(report, [item.fingerprint for item in evaluations]),
             "picture": quote(clean(plot_name)) if plot_name else None,
             "typed": fenced(command, "bash") if command else None,
             "recounted": facts.recounted(report, model_config),
             "files": [(code(name), plain(text)) for name, text in (files or {}).items()],
             **_told(report, base),
+            **_trainings(report),
         }
         return cls.from_template(data, template_str=_template(), **variables)
 
@@ -226,4 +230,14 @@ def _told(report: Report, base: str) -> dict[str, Any]:
         "input_sites": sum(site.axis == "input" for site in sites),
         "output_sites": sum(site.axis == "output" for site in sites),
         "is_n_m": (pattern := facts.pattern_of(report)) is not None and pattern.group is not None,
+    }
+
+
+def _trainings(report: Report) -> dict[str, Any]:
+    return {
+        "trainings": recovery.tables(report),
+        "left_away": recovery.left_away(report),
+        "has_errors": any(block.output_error is not None for block in report.pruned_blocks),
+        "train": fenced(recovery.train_snippet(report), "python") if report.recoveries else None,
+        "train_placeholder": recovery.YOUR_DATA,
     }

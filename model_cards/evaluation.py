@@ -28,6 +28,9 @@ class Evaluation:
     text: str = ""  # name of the text
     fingerprint: str = ""  # of the text
     tokens: int | None = None
+    before_recovery: float | None = (
+        None  # of the pruned model before it was trained; `sparse` is that of the saved weights
+    )
 
     @classmethod
     def from_dict(cls, values: object) -> "Evaluation":
@@ -59,19 +62,26 @@ def whole(value: int | None, missing: str = NOT_MEASURED) -> str:
     return missing if value is None else f"{value:,}"
 
 
+def with_recovery(evaluations: Sequence[Evaluation]) -> bool:
+    """Whether the table has a column for the figures before recovery."""
+    return any(item.before_recovery is not None for item in evaluations)
+
+
 def rows(evaluations: Sequence[Evaluation]) -> list[str]:
     """Markdown table rows; without evaluations one that says so."""
-    return [_row(item) for item in evaluations or (Evaluation(None, None),)]
+    has_before = with_recovery(evaluations)
+    return [_row(item, has_before) for item in evaluations or (Evaluation(None, None),)]
 
 
-def _row(item: Evaluation) -> str:
+def _row(item: Evaluation, has_before: bool) -> str:
     # A loss has neither window nor stride; where nothing at all was measured, the row says so throughout.
-    missing = NOT_MEASURED if item.dense is None and item.sparse is None else "none"
+    missing = NOT_MEASURED if item.dense is item.sparse is item.before_recovery is None else "none"
     text = plain(item.text) if item.text else missing
     fingerprint = code(item.fingerprint) if item.fingerprint else missing
+    before = (figure(item.before_recovery),) if has_before else ()
     cells = (
-        plain(item.metric), figure(item.dense), figure(item.sparse), whole(item.window, missing), whole(item.stride, missing), text,
-        whole(item.tokens), fingerprint,
+        plain(item.metric), figure(item.dense), *before, figure(item.sparse), whole(item.window, missing), whole(item.stride, missing),
+        text, whole(item.tokens), fingerprint,
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

@@ -175,12 +175,19 @@ def cut(items: list[str]) -> list[str]:
 
 
 def recounted(report: Report, model_config: Mapping[str, Any] | None) -> str | None:
-    """A sentence where the zeros counted at the last save are no longer those counted after pruning."""
+    """A sentence where the zeros counted at the last save, or else after training, are no longer those counted after pruning."""
     claim = (model_config or {}).get("hf_sparse")
     totals = claim.get("totals") if isinstance(claim, Mapping) else None
-    if not isinstance(totals, Mapping) or totals.get("zeros") == report.zeros:
-        return None
+    if not isinstance(totals, Mapping):
+        return _recounted_by_training(report)
     zeros, sparsity = totals.get("zeros"), totals.get("sparsity")
-    if not (_is_number(zeros) and _is_number(sparsity)):
+    if zeros == report.zeros or not (_is_number(zeros) and _is_number(sparsity)):
         return None
     return f"The model was changed after pruning: when it was saved, {zeros:,} zeros were counted in the sites ({percent(sparsity)})."
+
+
+def _recounted_by_training(report: Report) -> str | None:
+    last = report.recoveries[-1] if report.recoveries else None
+    if last is None or last.zeros_after == report.zeros:
+        return None
+    return f"The model was changed after pruning: after the last training {share(last.zeros_after, last.size)} weights in the sites were zero."

@@ -16,10 +16,12 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_recovery import make_recovery
 
 from hf_sparse import embedded
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import CheckpointError
+from hf_sparse.recovery import Recovery
 from hf_sparse.report import BlockReport, Report, SiteReport
 from model_cards import Evaluation, SparseModelCard, write_card
 from model_cards.escape import clean, code, fenced, json_text, plain, python_literal, shell_word
@@ -62,6 +64,12 @@ def make_report(blocks: int | list[BlockReport] = 2, config: Any = None, **chang
         peak_memory_bytes=None,
     )
     return dataclasses.replace(report, **changes)
+
+
+def trained(**changes: Any) -> Recovery:
+    """A training of the model that `make_report` tells of."""
+    zeros = {"zeros_before": 8192, "zeros_after": 8192, "size": 16384}
+    return make_recovery(**{**zeros, **changes})
 
 
 def card_of(report: Report | None = None, **given: Any) -> SparseModelCard:
@@ -225,10 +233,11 @@ def test_base_cards_that_say_nothing(header: str) -> None:
 @pytest.mark.parametrize(
     "damage",
     [{"parameters": "many"}, {"calibration": "text"}, {"blocks": [make_block(0, zeros="<b>")]}, {"seconds": float("nan")},
-     {"blocks": [make_block(0, output_error="x")]}, {"config": [1]}],
+     {"blocks": [make_block(0, output_error="x")]}, {"config": [1]}, {"recoveries": [trained(tokens="<b>")]},
+     {"recoveries": [trained(), trained(seconds=float("nan"))]}, {"recoveries": [trained(zeros_after=10**6)]}],
 )  # fmt: skip
 def test_damaged_reports_are_refused(damage: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="prune again"):
+    with pytest.raises(CheckpointError, match="prune again" if "recoveries" not in damage else "in a recovery"):
         card_of(make_report(**damage))
 
 
@@ -256,6 +265,7 @@ def test_of_model() -> None:
         {"dense": True, "sparse": 1.0},
         {"dense": 1, "sparse": 1, "text": 3},
         {"dense": 1, "sparse": 1, "x": 3},
+        {"dense": 1, "sparse": 1, "before_recovery": "2"},
     ],
 )
 def test_damaged_evaluations_are_refused(values: Any) -> None:
@@ -264,6 +274,8 @@ def test_damaged_evaluations_are_refused(values: Any) -> None:
 
 
 def test_a_loss_has_no_window() -> None:
+    before = Evaluation(None, None, "loss", before_recovery=3)
+    assert "| loss | not measured | 3.0000 | not measured | none | none | none |" in card_of(evaluations=[before]).text
     assert (
         "| loss | 1.0000 | 2.0000 | none | none | x | 3 | none |"
         in card_of(evaluations=[Evaluation(1, 2, "loss", text="x", tokens=3)]).text
@@ -283,6 +295,179 @@ def test_the_template_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "wrong" not in card_of().text
+
+
+# ---------------------------------------------------------------------------------------------------- trainings
+
+
+def section(text: str, heading: str) -> str:
+    return text.partition(f"### {heading}\n")[2].partition("\n### ")[0]
+
+
+def recovery_tables(text: str) -> list[dict[str, str]]:
+    """The tables under Recovery: name -> value."""
+    tables = section(text, "Recovery").split("| | |\n|---|---|\n")[1:]
+    rows = [[line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")] for table in tables]
+    return [dict(table) for table in rows]
+
+
+def test_each_training_has_its_table() -> None:
+    lora = trained(
+        method="masked LoRA, r 16", callbacks=[], data="your *.txt", fingerprint=None, learning_rate=None, before=None, settings={},
+        zeros_before=8000, zeros_after=7990, zeros_lost=10, tokens=1_234_567, seconds=4000, processes=2,
+    )  # fmt: skip
+    text = card_of(make_report(recoveries=[trained(), lora])).text
+    first, second = recovery_tables(text)
+    assert first == {
+        "What trained": "full fine-tuning", "Data": "my.jsonl", "Their fingerprint": "`0123456789abcdef`",
+        "Sequences, tokens (without padding)": "240, 30,720", "Steps, sequences a step": "120, 2",
+        "Learning rate, schedule": "0.0005, cosine, 10 steps of warm-up", "Optimizer": "adamw_torch",
+        "Objective": "distillation from user/model, temperature 1", "Precision, processes": "bf16, 1",
+        "eval_loss, before → after": "2.5000 → 1.2500", "Zeros in the sites before": "8,192 of 16,384 (50.00 %)",
+        "Zeros in the sites after": "8,192 of 16,384 (50.00 %)", "Zeros lost": "0", "Wall time": "75.2 s",
+        "Callbacks": "`KeepMasks`, `Distillation`",
+        "Settings": '`temperature: 1.0`, `teacher: user/model`, `steps: [1, {"a": null}]`', "Versions": "`torch 2.13.0`",
+    }  # fmt: skip
+    changed = {name: value for name, value in second.items() if value != first[name]}
+    assert changed == {
+        "What trained": "masked LoRA, r 16", "Data": "your &#42;.txt", "Their fingerprint": "not told",
+        "Sequences, tokens (without padding)": "240, 1,234,567", "Learning rate, schedule": "not told, cosine, 10 steps of warm-up",
+        "Precision, processes": "bf16, 2", "eval_loss, before → after": "not measured → 1.2500",
+        "Zeros in the sites before": "8,000 of 16,384 (48.83 %)", "Zeros in the sites after": "7,990 of 16,384 (48.77 %)",
+        "Zeros lost": "10", "Wall time": "4,000.0 s", "Callbacks": "none",
+    }  # fmt: skip
+    assert "Settings" not in second
+    assert "Each table is one training, in order." in text
+    assert text.index("### Quality") < text.index("### Recovery") < text.index("### Blocks")
+
+
+def test_without_training_nothing_is_said_of_it() -> None:
+    text = card_of(evaluations=[MEASURED]).text
+    for word in ("Recovery", "recovery", "raining", "KeepMasks"):
+        assert word not in text
+
+
+def test_what_the_card_says_of_the_pruning_stays_true_after_training() -> None:
+    report = make_report(recoveries=[trained()])
+    text = card_of(report).text
+    for fact in (
+        "of the weights are zero. Training changed its kept weights, see Recovery.\n",
+        "| Update of the kept weights | `none`, at pruning; training changed them too, see Recovery |",
+        "over the calibration tokens. It was measured at pruning, without what training changed. Figures per site",
+        "This prunes and does not train.",
+    ):
+        assert fact in text, fact
+    assert "Each table" not in text
+    for block in report.blocks:
+        block.output_error = None
+    assert "measured at pruning" not in card_of(report).text
+
+
+@pytest.mark.parametrize(
+    ("counted", "after", "told"),
+    [
+        (None, 8192, None),
+        (None, 8000, "after the last training 8,000 of 16,384 (48.83 %) weights in the sites were zero."),
+        (8192, 8000, None),  # what was counted at the save holds
+        (7000, 8000, "when it was saved, 7,000 zeros were counted in the sites (42.72 %)."),
+    ],
+)
+def test_other_counts_after_training_are_told(counted: int | None, after: int, told: str | None) -> None:
+    claim = {"hf_sparse": {"totals": {"zeros": counted, "sparsity": counted / 16384}}} if counted else None
+    first = trained(zeros_after=100)  # only the last training tells what is there now
+    report = make_report(recoveries=[first, trained(zeros_after=after)])
+    text = card_of(report, model_config=claim).text
+    assert ("was changed after pruning" in text) == (told is not None)
+    if told:
+        assert f"{told}** The table below and the section Blocks tell of the pruning." in text
+
+
+@pytest.mark.parametrize(
+    ("versions", "row"),
+    [
+        ({"hf_sparse": "0.1.0", "torch": "2.13.0"}, None),  # those of the pruning, which stand at the card's end
+        ({}, None),
+        ({"hf_sparse": "0.2.0", "torch": "2.13.0"}, "`hf_sparse 0.2.0`, `torch 2.13.0`"),
+    ],
+)
+def test_versions_of_a_training_are_told_where_they_differ(versions: dict[str, str], row: str | None) -> None:
+    (table,) = recovery_tables(card_of(make_report(recoveries=[trained(versions=versions)])).text)
+    assert table.get("Versions") == row
+
+
+def test_very_many_trainings_and_settings_are_cut() -> None:
+    recoveries = [trained(data=f"text {index}") for index in range(25)]
+    recoveries[-1].settings = {f"name{index}": index for index in range(25)}
+    text = card_of(make_report(recoveries=recoveries)).text
+    tables = recovery_tables(text)
+    assert [table["Data"] for table in tables] == [f"text {index}" for index in range(5, 25)]
+    assert "5 earlier trainings are left to `hf_sparse_report.json`." in text
+    assert tables[-1]["Settings"].endswith("`name19: 19`, and 5 more, see `hf_sparse_report.json`")
+
+
+def test_figures_before_recovery_have_their_own_column() -> None:
+    report = make_report(
+        recoveries=[trained()], evaluations=[{**dataclasses.asdict(MEASURED), "before_recovery": 14.5}]
+    )
+    report.add_evaluation({**dataclasses.asdict(MEASURED), "text": "other"})
+    card = card_of(report)
+    assert section(card.text, "Quality").splitlines()[1:5] == [
+        "| Metric | Dense | Sparse, before recovery | Sparse | Window (tokens) | Stride (tokens) | Text | Tokens | Fingerprint of the text |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| perplexity | 10.5000 | 14.5000 | 12.2500 | 512 | 256 | wikitext | 4,096 | `cafe` |",
+        "| perplexity | 10.5000 | not measured | 12.2500 | 512 | 256 | other | 4,096 | `cafe` |",
+    ]
+    assert [result.metric_value for result in card.data.eval_results] == [12.25, 12.25]
+    assert card.data.eval_results[0].metric_args == card_of(evaluations=[MEASURED]).data.eval_results[0].metric_args
+    assert "before recovery" not in card_of(make_report(recoveries=[trained()]), evaluations=[MEASURED]).text
+
+
+def test_a_figure_of_the_pruned_model_is_not_given_for_the_trained_one() -> None:
+    report = make_report(evaluations=[dataclasses.asdict(MEASURED)])
+    report.add_recovery(trained())
+    card = card_of(report)
+    assert "| perplexity | 10.5000 | 12.2500 | not measured | 512 |" in card.text
+    assert "model-index" not in card.data.to_dict()
+
+
+@pytest.mark.parametrize(("fingerprint", "named"), [("cafe", True), ("beef", False), ("", False), (None, False)])
+def test_figures_on_the_text_that_was_trained_on_are_named_as_such(fingerprint: str | None, named: bool) -> None:
+    report = make_report(recoveries=[trained(fingerprint=fingerprint), trained()])
+    text = card_of(report, evaluations=[MEASURED, dataclasses.replace(MEASURED, fingerprint="")]).text
+    assert ("trained on, so it flatters" in text) == named
+
+
+@pytest.mark.parametrize("model_class", ["LlamaForCausalLM", "BertForMaskedLM", "Own<b>"])
+def test_the_snippet_trains_with_the_zeros_kept(model_class: str) -> None:
+    text = card_of(make_report(recoveries=[trained()], model_class=model_class)).text
+    snippet = next(
+        found[1] for found in re.finditer(r"```python\n(.*?)```", text, re.DOTALL) if "KeepMasks" in found[1]
+    )
+    tree = ast.parse(snippet)
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert imported >= {"Trainer", "TrainingArguments", "KeepMasks"}
+    unknown = {
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    } - imported - {"model", "arguments", "trainer"}  # fmt: skip
+    assert unknown == {"YOUR_TRAINING_DATA"}
+    assert "callbacks=[KeepMasks()]" in snippet
+
+
+def test_a_second_save_renews_the_trainings(tmp_path: Path) -> None:
+    report = make_report()
+    assert write_card(tmp_path, card_of(report))
+    (tmp_path / "README.md").write_text(read(tmp_path) + "\nMine.\n")
+    report.add_recovery(trained(steps=10))
+    assert write_card(tmp_path, card_of(report))
+    report.recoveries[0].steps = 20
+    report.add_recovery(trained(steps=30))
+    assert write_card(tmp_path, card_of(Report.from_dict(report.to_dict())))
+    text = read(tmp_path)
+    assert [table["Steps, sequences a step"] for table in recovery_tables(text)] == ["20, 2", "30, 2"]
+    assert text.count("### Recovery\n") == text.count(BEGIN) == 1
+    assert text.endswith("\nMine.\n")
+    assert write_card(tmp_path, card_of(report))
+    assert read(tmp_path) == text
 
 
 # ---------------------------------------------------------------------------------------------------- doing it again
@@ -376,8 +561,16 @@ def nasty_report(nasty: str) -> Report:
     return make_report(
         blocks=[block], model=nasty, model_class=nasty, left_out={nasty: nasty}, notes=[nasty], versions={nasty: nasty},
         calibration=dict.fromkeys(("source", "fingerprint", "samples", "tokens", "batch_size"), nasty),
+        recoveries=[nasty_recovery(nasty), nasty_recovery(nasty)],
         config={**SparsityConfig().to_dict(), "targets": [nasty], "options": {nasty: {nasty: nasty}}, "pattern": nasty, nasty: nasty},
     )  # fmt: skip
+
+
+def nasty_recovery(nasty: str) -> Recovery:
+    words = dict.fromkeys(
+        ("method", "data", "fingerprint", "schedule", "optimizer", "precision", "loss", "metric"), nasty
+    )
+    return trained(**words, callbacks=[nasty], settings={nasty: nasty, "a": [nasty]}, versions={nasty: nasty})
 
 
 def outside_code(text: str) -> str:
@@ -402,15 +595,15 @@ def assert_whole(card: SparseModelCard) -> None:
         "</details>",
         "</summary>",
     }
-    headings = ["Weight sparsity", "Quality", "Blocks", "Load it", "What runs faster", "Do it again"]
+    headings = ["Weight sparsity", "Quality", "Recovery", "Blocks", "Load it", "What runs faster", "Do it again"]
     assert [line.lstrip("# ") for line in prose.splitlines() if line.lstrip().startswith("#")][1:] == headings
     rows = [line for line in prose.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in rows} <= {3, 7, 9}
+    assert {line.count("|") for line in rows} == {3, 7, 10}
     assert ModelCard(content).content == content
 
 
 def test_malicious_names_are_neutralised() -> None:
-    evil = dataclasses.replace(MEASURED, text=NASTY, fingerprint=NASTY, metric=NASTY)
+    evil = dataclasses.replace(MEASURED, text=NASTY, fingerprint=NASTY, metric=NASTY, before_recovery=1.0)
     card = card_of(
         nasty_report(NASTY),
         evaluations=[evil],
@@ -429,7 +622,13 @@ def test_malicious_names_are_neutralised() -> None:
 @settings(max_examples=40)
 @given(st.text())
 def test_any_name_leaves_the_card_whole(name: str) -> None:
-    assert_whole(card_of(nasty_report(name), evaluations=[dataclasses.replace(MEASURED, text=name)], command=name))
+    assert_whole(
+        card_of(
+            nasty_report(name),
+            evaluations=[dataclasses.replace(MEASURED, text=name, before_recovery=1.0)],
+            command=name,
+        )
+    )
 
 
 @given(st.text())

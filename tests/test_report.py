@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_recovery import make_recovery, nested
 
 from hf_sparse import SparsityConfig
 from hf_sparse.errors import CheckpointError
@@ -66,6 +67,9 @@ REPORTS = {
     "full": report(),
     "without data": report(calibration=None, peak_memory_bytes=None, blocks=[block(0, output_error=None)]),
     "without blocks": report(blocks=[], notes=[], left_out={}),
+    "trained": report(
+        recoveries=[make_recovery(), make_recovery(method="masked LoRA", metric=None, before=None, after=None)]
+    ),
     "evaluated": report(evaluations=[{"metric": "perplexity", "value": 3.5, "dense": None}]),
 }
 
@@ -95,6 +99,11 @@ def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
     assert Report.load(tmp_path).blocks[0].output_error is None
 
 
+def test_a_report_from_before_there_was_training_has_none() -> None:
+    older = {name: value for name, value in report().to_dict().items() if name != "recoveries"}
+    assert Report.from_dict(older) == report(recoveries=[])
+
+
 def test_what_is_counted() -> None:
     given = report(
         blocks=[block(0, zeros=10, size=40, all_matrices=100), block(1, zeros=20, size=20, all_matrices=100)]
@@ -117,6 +126,65 @@ def test_it_prints_every_block_and_what_was_done() -> None:
                  "0123456789abcdef", "3.5 s", "3 MiB", "note: 2 sites: a reason"):  # fmt: skip
         assert part in text
     assert "not measured" not in text
+
+
+def test_it_prints_every_training() -> None:
+    recoveries = [make_recovery(), make_recovery(method="gradual\npruning")]
+    lines = str(report(recoveries=recoveries)).splitlines()
+    assert [line for line in lines if line.startswith("recovery")] == [str(recovery) for recovery in recoveries]
+    assert not any("recovery" in line for line in str(report()).splitlines())
+
+
+EVALUATED = {
+    "dense": 1.0, "sparse": 3.0, "metric": "perplexity", "window": 8, "stride": 8, "text": "mine", "fingerprint": "beef", "tokens": 64,
+}  # fmt: skip
+
+
+def test_training_makes_earlier_figures_those_before_it() -> None:
+    given = report(evaluations=[dict(EVALUATED)])
+    given.add_recovery(make_recovery())
+    assert given.recoveries == [make_recovery()]
+    assert given.evaluations == [{**EVALUATED, "sparse": None, "before_recovery": 3.0}]
+    given.add_evaluation({**EVALUATED, "dense": None, "sparse": 2.0})  # the dense model need not be measured again
+    assert given.evaluations == [{**EVALUATED, "sparse": 2.0, "before_recovery": 3.0}]
+    given.add_recovery(make_recovery())
+    given.add_evaluation({**EVALUATED, "sparse": 1.5})
+    assert given.evaluations == [{**EVALUATED, "sparse": 1.5, "before_recovery": 3.0}]
+    assert len(given.recoveries) == 2
+    assert Report.from_dict(given.to_dict()) == given
+
+
+def test_what_was_told_of_a_training_is_renewed() -> None:
+    other, begun = make_recovery(steps=5), make_recovery(steps=0)
+    given = report(evaluations=[dict(EVALUATED)], recoveries=[other])
+    given.add_recovery(begun)
+    assert given.evaluations == [EVALUATED]  # no step was made yet
+    given.add_recovery(later := make_recovery(steps=10), in_place_of=begun)
+    assert given.recoveries == [other, later]
+    assert given.evaluations == [{**EVALUATED, "sparse": None, "before_recovery": 3.0}]
+    given.add_evaluation({**EVALUATED, "sparse": 2.0})
+    given.add_recovery(closed := make_recovery(steps=10, seconds=80.0), in_place_of=later)
+    assert given.recoveries == [other, closed]
+    assert given.evaluations == [{**EVALUATED, "sparse": 2.0, "before_recovery": 3.0}]  # nor since that figure
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("metric", "loss"), ("window", 16), ("stride", 4), ("text", "other"), ("fingerprint", "cafe"), ("tokens", 65)],
+)
+def test_a_figure_measured_in_another_way_stands_by_itself(name: str, value: object) -> None:
+    given = report(evaluations=[dict(EVALUATED)])
+    given.add_recovery(make_recovery())
+    other = {**EVALUATED, name: value}
+    given.add_evaluation(other)
+    assert given.evaluations == [{**EVALUATED, "sparse": None, "before_recovery": 3.0}, other]
+
+
+def test_figures_of_one_model_do_not_replace_each_other() -> None:
+    given = report()
+    given.add_evaluation(EVALUATED)
+    given.add_evaluation(EVALUATED)
+    assert given.evaluations == [EVALUATED, EVALUATED]
 
 
 def test_what_was_not_measured_is_said_to_be() -> None:
@@ -152,7 +220,12 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("blocks.0.sites.0.shape", 8), ("blocks.0.sites.0.sparsity", None), ("blocks.0.sites.0.sparsity", 1e400),
         ("blocks.0.sites.0.metric", ["dass"]), ("blocks.0.sites.0.extra", 1), ("left_out", []), ("left_out", {"a": 1}), ("notes", "a"),
         ("notes", [1]), ("calibration", 3), ("calibration", {"source": "x"}), ("versions", None), ("seconds", "1"),
-        ("peak_memory_bytes", 1.5), ("evaluations", None), ("evaluations", [1]),
+        ("peak_memory_bytes", 1.5), ("evaluations", None), ("evaluations", [1]), ("recoveries", None), ("recoveries", {}),
+        ("recoveries", ""), ("recoveries", [None]), ("recoveries", [{}]), ("recoveries", {"steps": 1}),
+        ("recoveries", [{**make_recovery().to_dict(), "steps": "many"}]), ("recoveries", [{**make_recovery().to_dict(), "size": 10**400}]),
+        ("recoveries", [make_recovery().to_dict(), {**make_recovery().to_dict(), "settings": {"a": nested(900)}}]),
+        ("config.options", {"a": nested(900)}), ("calibration.source", {"a": nested(900)}), ("evaluations", [{"a": nested(900)}]),
+        ("evaluations", [{"a": 10**400}]), ("evaluations", [{"a": float("inf")}]),
     ],
 )  # fmt: skip
 def test_data_of_another_make_are_refused(path: str, value: Any, tmp_path: Path) -> None:
