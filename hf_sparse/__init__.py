@@ -3,21 +3,34 @@
 Importing the package gives `from_pretrained` its `sparsity_config` argument; `uninstall()` takes it out again.
 """
 
+from importlib import import_module
 from typing import Any
 
 from hf_sparse.checkpoint import is_sparse, masks, report
 from hf_sparse.config import PredictorConfig, SparsityConfig
 from hf_sparse.errors import HfSparseError
 from hf_sparse.hooks import install, uninstall
+from hf_sparse.kept import KeptMasks
 from hf_sparse.prune import prune_
 from hf_sparse.report import Report
 
 __version__ = "0.1.0"
+# Conveniences from sibling packages, and what needs PEFT: loaded when they are first asked for.
+_LAZY = {
+    "Distillation": "trainer_callbacks",
+    "GradualPruning": "trainer_callbacks",
+    "KeepMasks": "trainer_callbacks",
+    "SparseModelCard": "model_cards",
+    "Sparsify": "trainer_callbacks",
+    "mask_lora_": "hf_sparse.adapters",
+    "merge_and_unload": "hf_sparse.adapters",
+    "sparse_shira_config": "hf_sparse.adapters",
+}
 __all__ = [
     "HfSparseError",
+    "KeptMasks",
     "PredictorConfig",
     "Report",
-    "SparseModelCard",
     "SparsityConfig",
     "install",
     "is_sparse",
@@ -25,15 +38,13 @@ __all__ = [
     "prune_",
     "report",
     "uninstall",
+    *_LAZY,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # A convenience from a sibling package, loaded when it is first asked for.
-    if name == "SparseModelCard":
-        from model_cards import SparseModelCard
-
-        return SparseModelCard
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

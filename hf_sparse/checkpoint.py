@@ -96,6 +96,13 @@ def _claim(model: nn.Module) -> dict[str, Any]:
     return claim if isinstance(claim, dict) else {}
 
 
+def promised_zeros(model: nn.Module) -> int | None:
+    """How many zeros the config of a model claims, as of the last count; None where it claims none."""
+    totals = _claim(model).get("totals")
+    zeros = totals.get("zeros") if isinstance(totals, dict) else None
+    return zeros if isinstance(zeros, int) else None
+
+
 def masks(model: nn.Module) -> dict[str, torch.Tensor]:
     """The mask (out, in) of every pruned site by its name, True keeps: the mask is `weight != 0`.
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file
 
-from hf_sparse import checkpoint
+from hf_sparse import checkpoint, peft_hook
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import ConfigError, HfSparseError
 from hf_sparse.prune import prune_
@@ -201,6 +201,7 @@ def install() -> None:
                 _installed[owner, name] = (original, ours)
                 setattr(owner, name, ours)
         _enabled = True
+    peft_hook.install()
 
 
 def uninstall() -> None:
@@ -215,3 +216,4 @@ def uninstall() -> None:
                 setattr(owner, name, original)
                 del _installed[owner, name]
         _enabled = False
+    peft_hook.uninstall()

@@ -17,10 +17,10 @@ LINES_AT_MOST = 300
 FLOORS = {
     7: "cli __main__",
     6: "hooks compare search stream trainer_callbacks",
-    5: "prune search trials shared lockstep streams blockwise measure apply reconstruct permute hub evaluate predictors",
+    5: "prune prune_report kept gradual adapters peft_hook search trials shared lockstep streams blockwise measure apply reconstruct permute hub evaluate predictors",
     4: "recipes comparison plot_comparison calibrate wiring snapshot record checkpoint embedded model_cards",
     3: "families metrics normal_equations allocations patterns updates storage runtime native "
-    "groups blocks replace forwards offload observe statistics report plot config plan allot adapters",
+    "groups blocks stored replace forwards offload observe statistics report recovery plot config plan allot",
     2: "sites registry data stdlib_text",
     1: "errors environment memory",
 }
