@@ -13,7 +13,7 @@ from hf_sparse.errors import CheckpointError, HfSparseError, ModelError
 from hf_sparse.families import Inventory, find_sites
 from hf_sparse.plan import select
 from hf_sparse.report import Report
-from hf_sparse.sites import Site, count_zeros, read, view
+from hf_sparse.sites import Site, count_zeros, plain_name, read, view
 
 CONFIG_KEY = "hf_sparse"
 FORMAT = 1
@@ -198,7 +198,8 @@ def _counted_in(state_dict: Mapping[str, torch.Tensor], model: nn.Module) -> dic
     found = {}
     for _, sites in _targeted(model):
         for site in sites:
-            weight = view(state_dict[f"{site.module}.{site.parameter}"], site)
+            name = f"{site.module}.{site.parameter}"
+            weight = view(state_dict[name if name in state_dict else plain_name(name)], site)
             found[site.name] = (count_zeros(weight), weight.numel())
     return found
 

@@ -11,7 +11,16 @@ from torch.distributed.tensor import DTensor
 from hf_sparse import checkpoint
 from hf_sparse.errors import CheckpointError, ModelError
 from hf_sparse.sites import Site, count_zeros, view
-from hf_sparse.stored import Stored, bits, member_mask, over_processes, stored_parameters, zero_, zeros_and_size
+from hf_sparse.stored import (
+    Stored,
+    bits,
+    member_mask,
+    over_processes,
+    stored_parameters,
+    zero_,
+    zero_master_,
+    zeros_and_size,
+)
 
 _SPARSE = 0.01  # share of zeros from which a site counts as sparse where nothing is known of the model
 _NAMED = 3
@@ -112,6 +121,7 @@ class KeptMasks:
             stored, mask = self._here(number)
             if stored.parameter.requires_grad:  # it does not where it is frozen under an adapter
                 zero_(stored.local(), mask)
+                zero_master_(stored.parameter, mask)
 
     @torch.no_grad()
     def apply_to_gradients_(self) -> None:

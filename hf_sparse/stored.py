@@ -145,6 +145,17 @@ def zero_(weights: torch.Tensor, kept: torch.Tensor) -> None:
         part.bitwise_and_(wide[: part.numel()].copy_(mask))
 
 
+def zero_master_(parameter: nn.Parameter, kept: torch.Tensor) -> None:
+    """The same for what DeepSpeed (ZeRO stage 1 and 2) makes its steps on: this process's part of a copy in single precision.
+
+    The weights are made of it in each step, so it need not be zero for them, but `zero_to_fp32.py` reads it from checkpoints.
+    """
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is not None:
+        part, copy = mapping.lp_fragment_address, mapping.hp_fragment.detach()
+        zero_(copy, kept.view(-1)[part.start : part.start + part.numel].to(copy.device))
+
+
 def over_processes(values: torch.Tensor) -> torch.Tensor:
     """Sums over all processes; the values themselves where there is only one. All processes have to call it."""
     distributed = torch.distributed

@@ -4,6 +4,7 @@ import re
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_sparse.families.names import role_of
@@ -17,7 +18,9 @@ _EXPERT_COUNTS = (
 
 
 def _key(tensor: torch.Tensor) -> int:
-    return tensor.data_ptr() or id(tensor)  # tensors on the meta device all lie at 0
+    # What a DTensor says of its address is where it lies in the whole, the same for many; its own part tells.
+    data = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return data.data_ptr() or id(tensor)  # tensors on the meta device all lie at 0
 
 
 class Exclusions:
