@@ -1,0 +1,89 @@
+"""Samples of a Trainer's own training data to calibrate on, the same on every process."""
+
+import inspect
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from hf_sparse.config import SparsityConfig
+from hf_sparse.data import Sample
+from hf_sparse.errors import CalibrationError
+
+
+class TrainingSamples(list[Sample]):
+    """Rows of the training data; reports name the source of their calibration after this class."""
+
+
+def training_samples(model: nn.Module, loader: Any, config: SparsityConfig) -> TrainingSamples:
+    """A seeded choice of `config.num_samples` rows (the first of a stream), collated one by one, so without padding.
+
+    Process 0 reads them for all, as streams and random collators would give each process others. The random state is
+    left as it was; a stream is iterated from its beginning, once more than training does.
+
+    Raises: CalibrationError where the data are empty, or a batch is no mapping.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rows: list[Sample] = []
+    if not distributed or torch.distributed.get_rank() == 0:
+        with _seeded(config.seed, loader.collate_fn):
+            rows = [_inputs(model, loader.collate_fn([item])) for item in _items(loader, config)]
+    rows = broadcast_object_list([rows])[0] if distributed else rows
+    if not rows:
+        raise CalibrationError(
+            "the training data are empty, so there is nothing to calibrate on; give calibration=... in the config."
+        )
+    return TrainingSamples(rows)
+
+
+@contextmanager
+def _seeded(seed: int, collator: Any) -> Iterator[None]:
+    """Random numbers of data sets and collators come from a seed, and go on behind as if they had not been drawn."""
+    while (inner := getattr(collator, "data_collator", None)) is not None:  # the Trainer's, which drops columns
+        collator = inner
+    own = getattr(collator, "generator", None)  # made at the first call by collators that mask
+    generator = own if isinstance(own, torch.Generator) else torch.Generator()
+    kept = generator.get_state()
+    plain, numbers = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(plain)
+            numpy.random.set_state(numbers)
+            generator.set_state(kept)
+            if hasattr(collator, "generator"):
+                collator.generator = own
+
+
+def _items(loader: Any, config: SparsityConfig) -> Iterator[Any]:
+    data = loader.dataset
+    if type(data).__name__ == "IterableDatasetShard":  # the Trainer's wrapper, which gives this process its part
+        data = data.dataset
+    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        return islice(iter(data), config.num_samples)
+    number = min(config.num_samples, len(data))
+    return (data[index] for index in sorted(random.Random(config.seed).sample(range(len(data)), number)))
+
+
+def _inputs(model: nn.Module, batch: Any) -> Sample:
+    """What the model's forward takes of a batch; labels only where the decoder's input is made of them."""
+    if not isinstance(batch, Mapping):
+        raise CalibrationError(
+            f"the data collator makes a {type(batch).__name__} of a row, a mapping of names to tensors is needed to "
+            "calibrate on the training data; give calibration=... in the config."
+        )
+    taken = set(inspect.signature(model.forward).parameters)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        taken -= {"labels"}
+    return {key: value.cpu() for key, value in batch.items() if key in taken and isinstance(value, torch.Tensor)}
