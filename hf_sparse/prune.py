@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sparse import checkpoint, environment
+from hf_sparse import checkpoint
 from hf_sparse.allot import measured_by, shares
 from hf_sparse.blockwise import Run, with_data, without_data
 from hf_sparse.calibrate import make_batches, ready, survey
@@ -22,8 +22,9 @@ from hf_sparse.errors import CalibrationError, ConfigError, HfSparseError, Model
 from hf_sparse.families import find_sites
 from hf_sparse.permute import Permutations, check_permutable, permute_
 from hf_sparse.plan import select
+from hf_sparse.prune_report import add_earlier_, block_reports, make_report
 from hf_sparse.registry import METRICS, UPDATES
-from hf_sparse.report import BlockReport, Report
+from hf_sparse.report import Report
 from hf_sparse.search import held_back, search_
 from hf_sparse.shared import Shared
 from hf_sparse.sites import count_zeros, plain_name, read
@@ -246,54 +247,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _report(run: Run, samples: Samples | None, left: dict[str, str], seconds: float) -> Report:
-    blocks = _with_earlier(run, _block_reports(run))
-    reasons: dict[str, int] = {}
-    for site in (site for report in run.done.values() for site in report.sites if site.note):
-        reasons[site.note] = reasons.get(site.note, 0) + 1
+    blocks = block_reports(run.inventory, run.done, run.measured)
+    now = {site.name for sites in run.chosen.values() for site in sites}
+    earlier = checkpoint.report(run.model)
+    kept = add_earlier_(blocks, run.inventory, earlier, now, lambda site: count_zeros(read(run.model, site)))
+    if kept:
+        run.notes.append(f"{kept} sites were pruned before and left as they are now")
     calibration = None
     if samples is not None:
         calibration = {
             "source": samples.source, "fingerprint": samples.fingerprint, "samples": len(samples.rows), "tokens": samples.tokens,
             "longest": max(tokens_of(row) for row in samples.rows), "batch_size": run.batch_size, "items": list(samples.items[:_ITEMS_KEPT]),
         }  # fmt: skip
-    config = getattr(run.model, "config", None)
-    return Report(
-        config=run.config.resolved().to_dict(), model=getattr(config, "name_or_path", "") or "", model_class=type(run.model).__name__,
-        parameters=sum(p.numel() for p in run.model.parameters()), blocks=blocks, left_out={**run.inventory.left_out, **left},
-        notes=[*run.notes, *(f"{count} sites: {note}" for note, count in reasons.items())], calibration=calibration,
-        versions=environment.versions(), seconds=seconds, peak_memory_bytes=environment.peak_memory(),
-    )  # fmt: skip
-
-
-def _block_reports(run: Run) -> list[BlockReport]:
-    """What was done to each block; one without targeted sites counts with its size, so that shares of the whole are true."""
-    reports = []
-    seen: set[int] = set()  # parameters that blocks share count once
-    for block in run.inventory.blocks:
-        own = {id(p): p.numel() for p in block.module.parameters() if p.ndim >= 2 and id(p) not in seen}
-        seen |= own.keys()
-        empty = BlockReport(
-            block.index, block.name, block.stack, zeros=0, size=0, all_matrices=0, output_error=None, seconds=0.0
-        )
-        done = run.done.get(block.index, empty)
-        reports.append(replace(done, all_matrices=sum(own.values()), measured=run.measured.get(block.index)))
-    return reports
-
-
-def _with_earlier(run: Run, blocks: list[BlockReport]) -> list[BlockReport]:
-    """Sites that an earlier pruning made sparse and this one left alone stay in the report, counted again."""
-    earlier = checkpoint.report(run.model)
-    now = {site.name for sites in run.chosen.values() for site in sites}
-    kept = {site.name: site for site in earlier.sites if site.name not in now} if earlier else {}
-    if not kept:
-        return blocks
-    run.notes.append(f"{len(kept)} sites were pruned before and left as they are now")
-    for block, report in zip(run.inventory.blocks, blocks, strict=True):
-        with block.loaded():
-            for site in run.inventory.sites[block.index]:
-                if site.name in kept:
-                    weight = read(run.model, site)
-                    zeros = count_zeros(weight)
-                    report.sites.append(replace(kept[site.name], zeros=zeros, sparsity=zeros / site.size))
-                    report.zeros, report.size = report.zeros + zeros, report.size + site.size
-    return blocks
+    left_out = {**run.inventory.left_out, **left}
+    return make_report(run.model, run.config, blocks, left_out, run.notes, calibration, seconds)
