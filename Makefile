@@ -44,7 +44,7 @@ constraints:
 	rm -rf .venv-constraints
 	$(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install torch==2.13.0
-	.venv-constraints/bin/python -m pip install '.[tests,plots,evaluation,dev]'
+	.venv-constraints/bin/python -m pip install '.[tests,plots,evaluation,integrations,dev]'
 	{ echo "# The exact set that is tested; made by \`make constraints\`."; \
 	  .venv-constraints/bin/python -m pip freeze --exclude hf-sparse --exclude setuptools | sed 's/+cpu$$//'; } > constraints.txt
 	rm -rf .venv-constraints
@@ -59,11 +59,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[tests,plots]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[tests,plots,integrations]'
 	touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[tests,plots,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[tests,plots,integrations,dev]'
 	touch $@
 
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt

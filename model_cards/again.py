@@ -1,6 +1,7 @@
 """How to load a pruned model and how to prune again: the commands and snippets of a card."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import yaml
@@ -29,9 +30,15 @@ def auto_class(model_class: str) -> str:
     for ending, (name, _) in _TASKS.items():
         if model_class.endswith(ending):
             return name
-    import transformers  # its names are listed without loading the models
+    return model_class if model_class.isidentifier() and model_class in _classes() else "AutoModel"
 
-    return model_class if model_class.isidentifier() and model_class in dir(transformers) else "AutoModel"
+
+@cache
+def _classes() -> frozenset[str]:
+    """The names that Transformers offers; they are listed without loading the models, which takes a quarter of a second."""
+    import transformers
+
+    return frozenset(dir(transformers))
 
 
 def task(model_class: str) -> str | None:

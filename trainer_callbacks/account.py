@@ -174,9 +174,13 @@ def _trains(model: nn.Module) -> str:
     if trained == every:
         return "full fine-tuning"
     named = []
+    masked = any(getattr(module, "masked_adapters", None) for module in model.modules())
     for config in (getattr(model, "peft_config", None) or {}).values():
         kind, rank = getattr(config, "peft_type", None), getattr(config, "r", None)
-        named.append(f"{getattr(kind, 'value', kind)}" + (f", r {rank}" if isinstance(rank, int) else ""))
+        words = {"LORA": "masked LoRA" if masked else "LoRA"}.get(
+            str(getattr(kind, "value", kind)), getattr(kind, "value", kind)
+        )
+        named.append(f"{words}" + (f", r {rank}" if isinstance(rank, int) else ""))
     return "; ".join([*named, f"{trained} of {every} parameters"])
 
 
@@ -205,7 +209,7 @@ def describe(dataset: Any) -> tuple[str, str | None]:
         getattr(dataset, "config_name", None),
         getattr(dataset, "split", None),
     ]
-    name = " ".join(str(part) for part in parts if part) or type(dataset).__name__
+    name = getattr(dataset, "source", None) or " ".join(str(part) for part in parts if part) or type(dataset).__name__
     with suppress(TypeError, NotImplementedError):  # streams have no length
         name = f"{name}, {len(dataset)} rows"
     fingerprint = getattr(dataset, "_fingerprint", None)

@@ -96,6 +96,11 @@ class GradualPruning(SparsityCallback, ExportableState):
         return dict(found.get("attributes", {}).get("progress") or {}) if state.global_step and found else {}
 
     def _refuse(self, args: TrainingArguments, gradual: Gradual, optimizer: Any) -> None:
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise ConfigError(
+                "GradualPruning cannot run under DeepSpeed, whose optimizers train a copy of the weights in which dropped ones go on; use DDP or "
+                "FSDP version 2, or prune before the Trainer is made and use KeepMasks."
+            )
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if callable(getattr(optimizer, "eval", None)):
             raise ConfigError(

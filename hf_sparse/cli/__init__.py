@@ -14,16 +14,18 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    from hf_sparse.cli import compare, demo, evaluate, inspect, methods, prune
+    from hf_sparse.cli import compare, demo, evaluate, inspect, methods, prune, recover
 
     parser = argparse.ArgumentParser(
-        prog="hf-sparse", description="Prune Hugging Face models, measure them and look inside."
+        prog="hf-sparse",
+        description="Prune Hugging Face models, train them with their zeros kept, measure them and look inside.",
     )
     parser.add_argument("--version", action="version", version=f"hf_sparse {environment.versions()['hf_sparse']}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in {
         "demo": demo,
         "prune": prune,
+        "recover": recover,
         "compare": compare,
         "evaluate": evaluate,
         "inspect": inspect,

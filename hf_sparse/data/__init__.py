@@ -47,13 +47,14 @@ def read_samples(
     limits: Limits | None = None,
     all_rows: bool = False,
     stride: int | None = None,
+    fewer_allowed: bool = False,
 ) -> Samples:
     """The first or a seeded choice of `num_samples` samples, each at most `sequence_length` tokens long.
 
     Texts are joined, tokenised and cut into windows; chats go through the tokenizer's template, one sample a
     conversation; token rows and dicts are samples as they are, without their padding. `tokenizer` is only called when
     text is met. With `all_rows` every window of the source is taken, in order; `stride` makes the windows of a text
-    start that many tokens apart.
+    start that many tokens apart. With `fewer_allowed` a source may give fewer samples than asked for.
 
     Raises: CalibrationError where there are no samples, fewer than asked for, or ones that do not fit the model.
     """
@@ -75,7 +76,7 @@ def read_samples(
     else:
         every = (row for item in items for row in rows_of(item, name, limits.encoder_decoder))
         rows = [shortened(row, sequence_length) for row in itertools.islice(every, wanted)]
-    if len(rows) < (wanted or 1):
+    if len(rows) < (1 if fewer_allowed else wanted or 1):
         raise CalibrationError(_too_few(name, kind, len(rows), wanted or 1, length))
     for number, row in enumerate(rows):
         _check(row, number, limits)

@@ -1,0 +1,202 @@
+"""Train a sparse model on text until it is good again, with every zero kept, and write it with its report and card."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_sparse.cli.loading import add_loading, hub_options, load_model, load_processor, model_name
+from hf_sparse.cli.training import Plan, check_kind, training_data, tune
+from hf_sparse.cli.writing import check_destination, complete_folder
+from hf_sparse.config.serialise import whole
+from hf_sparse.errors import ConfigError, ModelError
+from hf_sparse.evaluate import Measurement, evaluate
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="path or Hub id of a sparse model, such as `hf-sparse prune` writes")
+    parser.add_argument("destination", type=Path, help="folder to write; must be empty or absent")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a destination that is not empty, once the new one is complete"
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="TEXT",
+        help="what to train on: a .txt, .jsonl or .npy path, a Hub data set id, or stdlib:training",
+    )
+    how = parser.add_argument_group("training")
+    how.add_argument(
+        "--tokens",
+        type=int,
+        default=1_000_000,
+        help="tokens to train on in all; shorter data are repeated (default 1000000)",
+    )
+    how.add_argument(
+        "--sequence-length",
+        type=int,
+        default=None,
+        help="tokens a sequence (default 512, or less where the model takes less)",
+    )
+    how.add_argument("--batch-size", type=int, default=8, help="sequences a step (default 8)")
+    how.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="make each step in N parts, which takes less memory"
+    )
+    how.add_argument(
+        "--learning-rate",
+        type=float,
+        default=None,
+        help="the highest (default: 0.2 over the hidden size, with LoRA 0.6)",
+    )
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--lora", action="store_true", help="train a masked LoRA and merge it, instead of all weights")
+    how.add_argument("--rank", type=int, default=16, help="of the LoRA (default 16)")
+    how.add_argument("--bf16", action="store_true", help="compute in bfloat16 (mixed precision)")
+    how.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
+    how.add_argument(
+        "--checkpoints",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="save there ten times on the way; the same command goes on from the last one",
+    )
+    teacher = parser.add_argument_group("distillation")
+    teacher.add_argument(
+        "--teacher",
+        default=None,
+        metavar="MODEL",
+        help="dense model to learn from (default: the one that the sparse model was made from)",
+    )
+    teacher.add_argument("--no-distillation", action="store_true", help="learn from the text alone")
+    teacher.add_argument("--temperature", type=float, default=1.0)
+    measure = parser.add_argument_group("measuring")
+    measure.add_argument(
+        "--evaluate",
+        default=None,
+        metavar="TEXT",
+        help="measure before and after on this text, and the dense model where it is at hand",
+    )
+    measure.add_argument("--window", type=int, default=None, help="tokens a window (default 512)")
+    measure.add_argument("--max-windows", type=int, default=None, help="use only the first windows of the text")
+    add_loading(parser)
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    for name in ("tokens", "batch_size", "accumulate", "rank"):
+        whole(name, getattr(arguments, name), 1)
+    if arguments.sequence_length is not None:
+        whole("sequence_length", arguments.sequence_length, 2)
+    if arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1:
+        raise ConfigError(
+            f"learning_rate={arguments.learning_rate} is not allowed; give a number between 0 and 1, such as 0.0001."
+        )
+    if arguments.batch_size % arguments.accumulate:
+        raise ConfigError(
+            f"batch_size={arguments.batch_size} cannot be made in {arguments.accumulate} equal parts; give a divisor to --accumulate."
+        )
+    if arguments.no_distillation and arguments.teacher:
+        raise ConfigError("--teacher and --no-distillation contradict each other; leave one of them out.")
+    names = ("tokens", "sequence_length", "batch_size", "accumulate", "learning_rate", "seed", "lora", "rank", "bf16", "gradient_checkpointing",
+             "checkpoints", "temperature", "device")  # fmt: skip
+    return Plan(
+        **{name: getattr(arguments, name) for name in names},
+        distils=not arguments.no_distillation,
+        quiet=arguments.json,
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    plan = _plan(arguments)
+    sources = [model_name(arguments), arguments.data, arguments.evaluate, arguments.teacher]
+    check_destination(arguments.destination, arguments.overwrite, [source for source in sources if source])
+    if arguments.evaluate == arguments.data:
+        raise ConfigError(f"training and evaluation both name {arguments.data!r}; measure on other text.")
+    import torch
+
+    from hf_sparse.checkpoint import is_sparse, report
+
+    model, processor = load_model(arguments), load_processor(arguments)
+    check_kind(model)
+    if not is_sparse(model):
+        raise ModelError(
+            f"{arguments.model!r} is dense, so there is nothing to keep; prune it first: hf-sparse prune {arguments.model} DESTINATION --pattern 2:4 ..."
+        )
+    data = training_data(model, processor, arguments.data, plan)
+    measuring = {"tokenizer": processor, "window": arguments.window, "max_windows": arguments.max_windows}
+    known, stored = report(model), model.dtype
+    teacher = _teacher(arguments, model, known, plan.distils or bool(arguments.evaluate))
+    figures: dict[str, Measurement] = {}
+    if arguments.evaluate:
+        data.refuse_overlap(model, processor, arguments.evaluate)
+        figures["before"] = evaluate(model, arguments.evaluate, **measuring)
+        if teacher is not None:
+            figures["dense"] = evaluate(teacher, arguments.evaluate, **measuring)
+    if not plan.lora:
+        model = model.to(
+            torch.float32
+        )  # small steps are lost in half precision; what is written has the type that was read
+    model = tune(model, data, plan, teacher, processor).to(stored)
+    if arguments.evaluate:
+        figures["after"] = evaluate(model, arguments.evaluate, **measuring)
+    _write(arguments, model, processor, figures)
+
+
+def _teacher(arguments: argparse.Namespace, model: Any, known: Any, wanted: bool) -> Any:
+    """The dense model, to learn from or to be measured beside; None where it is neither named nor needed."""
+    name = arguments.teacher or (known.model if known else None)
+    if not wanted or (arguments.no_distillation and not name):
+        return None
+    if not name:
+        raise ConfigError(
+            f"{arguments.model!r} does not say which dense model it was made from; name it with --teacher, or give --no-distillation."
+        )
+    try:
+        return type(model).from_pretrained(name, dtype=model.dtype, **hub_options(arguments)).eval()
+    except (OSError, ValueError) as error:
+        if arguments.no_distillation:
+            return None
+        first = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"the dense model {name!r} cannot be loaded ({first}); name it with --teacher, or give --no-distillation to learn from the text alone."
+        ) from error
+
+
+def _write(arguments: argparse.Namespace, model: Any, processor: Any, figures: dict[str, Measurement]) -> None:
+    from hf_sparse.checkpoint import report
+
+    known = report(model)
+    if known is not None and figures:
+        known.add_evaluation(_evaluation(figures))
+    with complete_folder(arguments.destination, arguments.overwrite) as folder:
+        if processor is not None:
+            processor.save_pretrained(folder)
+        model.save_pretrained(folder)
+    measured = {name: found.to_dict() for name, found in figures.items()}
+    if arguments.json:
+        found = known.to_dict() if known else None
+        print(
+            json.dumps(
+                {
+                    "model": model_name(arguments),
+                    "destination": str(arguments.destination),
+                    "figures": measured,
+                    "report": found,
+                }
+            )
+        )
+        return
+    if known is not None:
+        print(known)
+    for name, figure in figures.items():
+        print(f"{name}: {figure.metric} {figure.value:.4f} on {figure.text}, windows of {figure.window} tokens")
+    print(f"written to {arguments.destination}")
+
+
+def _evaluation(figures: dict[str, Measurement]) -> dict[str, Any]:
+    """The three measurements as the report keeps them."""
+    after = figures["after"]
+    return {
+        "dense": figures["dense"].value if "dense" in figures else None, "sparse": after.value, "before_recovery": figures["before"].value,
+        "metric": after.metric, "window": after.window, "stride": after.stride, "text": after.text, "fingerprint": after.fingerprint,
+        "tokens": after.tokens,
+    }  # fmt: skip
