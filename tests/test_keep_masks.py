@@ -490,7 +490,7 @@ def test_adapters_train_while_the_base_stays_as_it_was(
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]) == ("lora_" not in name), name
     (entry,) = report(model).recoveries
-    assert entry.method.startswith("LORA, r 4; ")
+    assert entry.method.startswith("LoRA, r 4; ")
     assert entry.tokens == 6 * 2 * 16
 
 

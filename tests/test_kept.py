@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from models import bert, llama, mixtral, phi3, t5, token_rows
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -131,6 +132,15 @@ def test_mixed_precision_in_fp16_with_a_gradient_scaler() -> None:
     assert 0 < done < 40
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps its settings for the whole process, and other tests train with other ones."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_the_same_two_lines_with_accelerate() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = pruned()

@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ import hf_sparse
 from hf_sparse import SparsityConfig, embedded, environment, prune_
 from hf_sparse.data import read_samples
 from hf_sparse.evaluate import evaluate
-from hf_sparse.sites import count_zeros
-from hf_sparse.stored import stored_parameters
 from trainer_callbacks import Distillation, KeepMasks
 
 STARTS: dict[str, dict[str, Any]] = {"best": {"permute": True}, "wanda": {"metric": "wanda"}}
@@ -134,6 +132,7 @@ def pruned(data: Any, start: str) -> Any:
 
 def train(data: Any, model: Any, rows: torch.Tensor, row: Row, batch: int, seed: int) -> tuple[Any, float]:
     """The trained model and the CPU seconds of the training."""
+    set_seed(seed)  # the first values of a LoRA
     lora = "LoRA" in row.method
     callbacks: list[Any] = [Distillation(dense(data))] if "distillation" in row.method else []
     if lora:
@@ -157,8 +156,9 @@ def train(data: Any, model: Any, rows: torch.Tensor, row: Row, batch: int, seed:
     return (hf_sparse.merge_and_unload(model) if lora else model), seconds
 
 
-def zeros(model: Any) -> int:
-    return sum(count_zeros(stored.whole()) for stored in stored_parameters(model))
+def lost(before: dict[str, torch.Tensor], model: Any) -> int:
+    """Weights that were zero and are not any more."""
+    return sum(int((now & ~before[name]).sum()) for name, now in hf_sparse.masks(model).items())
 
 
 KD, CE, LORA = "distillation", "cross-entropy", "masked LoRA with distillation"
@@ -184,6 +184,25 @@ PLANS = {
     "Development": plan({KD: 250, CE: 340, LORA: 230}, {KD: 5e-3, CE: 4e-3, LORA: 1e-2}),
     "Embedded": plan({KD: 65, CE: 85, LORA: 55}, {KD: 1e-3, CE: 1e-3, LORA: 3e-3}),
 }
+
+
+def measured(
+    data: Any, row: Row, rows: torch.Tensor, given: argparse.Namespace, base: float, wanda: float
+) -> dict[str, Any]:
+    """One training and its figures; `base` and `wanda` are the log-perplexities that count as 0 and 1."""
+
+    def ratio(model: Any) -> float:
+        return (math.log(data.perplexity(model, given.choose)) - base) / (wanda - base)
+
+    model = pruned(data, row.start)
+    masks, start = hf_sparse.masks(model), ratio(model)
+    model, seconds = train(data, model, rows, row, given.batch, given.seed)
+    end = ratio(model)
+    return {
+        "start": start, "ratio": end, "perplexity": math.exp(base + end * (wanda - base)), "steps": row.steps, "rate": row.rate,
+        "tokens": row.steps * given.batch * rows.shape[1], "CPU seconds": seconds,
+        "zeros lost": lost(masks, model) if row.start != "dense" else 0,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -215,27 +234,13 @@ def main() -> None:
     for row in PLANS[type(data).__name__]:
         if arguments.rows and not any(word in row.name for word in arguments.rows):
             continue
-        row = Row(row.start, row.method, row.minutes, arguments.steps or row.steps, arguments.rate or row.rate)
-        model = pruned(data, row.start)
-        before, start = zeros(model), (math.log(data.perplexity(model, arguments.choose)) - base) / (wanda - base)
-        model, seconds = train(data, model, rows, row, arguments.batch, arguments.seed)
-        value = data.perplexity(model, arguments.choose)
-        ratio = (math.log(value) - base) / (wanda - base)
-        found.append(
-            {
-                "name": row.name,
-                "perplexity": value,
-                "ratio": ratio,
-                "start": start,
-                "seconds": seconds,
-                "steps": row.steps,
-                "rate": row.rate,
-                "tokens": row.steps * arguments.batch * rows.shape[1],
-                "zeros_lost": before - zeros(model),
-            }
-        )
+        row = replace(row, steps=arguments.steps or row.steps, rate=arguments.rate or row.rate)
+        found.append({"name": row.name, **measured(data, row, rows, arguments, base, wanda)})
         print(
-            f"{row.name:<46} start {start:.4f} ratio {ratio:.4f} perplexity {value:.4f} steps {row.steps} tokens {found[-1]['tokens']} CPU {seconds:.0f} s zeros lost {found[-1]['zeros_lost']}",
+            ", ".join(
+                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in found[-1].items()
+            ),
             flush=True,
         )
     if arguments.json:
