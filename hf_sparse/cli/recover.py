@@ -2,11 +2,16 @@
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.cli.loading import add_loading, hub_options, load_model, load_processor, model_name
-from hf_sparse.cli.training import Plan, check_kind, training_data, tune
+from hf_sparse.cli import resuming
+from hf_sparse.cli.loading import add_loading, load_model, load_processor, model_name
+from hf_sparse.cli.sequences import Data, training_data
+from hf_sparse.cli.teaching import base_name, is_same, load_teacher, typed_name
+from hf_sparse.cli.training import Plan, check_kind, restore_, training_device, training_dtype, tune, widen_
 from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config.serialise import whole
 from hf_sparse.errors import ConfigError, ModelError
@@ -65,7 +70,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         default=None,
         metavar="MODEL",
-        help="dense model to learn from (default: the one that the sparse model was made from)",
+        help="dense model to learn from, a path, a Hub id or 'embedded' (default: the one that the sparse model was made from)",
     )
     teacher.add_argument("--no-distillation", action="store_true", help="learn from the text alone")
     teacher.add_argument("--temperature", type=float, default=1.0)
@@ -79,6 +84,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     measure.add_argument("--window", type=int, default=None, help="tokens a window (default 512)")
     measure.add_argument("--max-windows", type=int, default=None, help="use only the first windows of the text")
     add_loading(parser)
+    where = parser.add_argument_group(
+        "computing", conflict_handler="resolve"
+    )  # in the place of what is said of pruning
+    where.add_argument(
+        "--device",
+        default=None,
+        help="cpu, or the first visible accelerator, such as cuda, to train and measure on (default: the latter where there is one)",
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -94,25 +107,50 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         raise ConfigError(
             f"batch_size={arguments.batch_size} cannot be made in {arguments.accumulate} equal parts; give a divisor to --accumulate."
         )
+    if not 0 < arguments.temperature < float("inf"):
+        raise ConfigError(f"temperature={arguments.temperature} is not allowed; give a number above 0, such as 1.")
     if arguments.no_distillation and arguments.teacher:
         raise ConfigError("--teacher and --no-distillation contradict each other; leave one of them out.")
     names = ("tokens", "sequence_length", "batch_size", "accumulate", "learning_rate", "seed", "lora", "rank", "bf16", "gradient_checkpointing",
-             "checkpoints", "temperature", "device")  # fmt: skip
+             "checkpoints", "temperature")  # fmt: skip
     return Plan(
         **{name: getattr(arguments, name) for name in names},
+        device=training_device(arguments.device),
         distils=not arguments.no_distillation,
         quiet=arguments.json,
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def _checked(arguments: argparse.Namespace) -> Plan:
+    """The plan, once all is refused that can be without loading anything."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"`recover` trains in one process, and WORLD_SIZE is {processes}; call it without a launcher, or train by transformers.Trainer "
+            "with trainer_callbacks.KeepMasks and Distillation in a script under accelerate launch."
+        )
     plan = _plan(arguments)
-    sources = [model_name(arguments), arguments.data, arguments.evaluate, arguments.teacher]
+    sources = [model_name(arguments), arguments.data, arguments.evaluate, typed_name(arguments)]
     check_destination(arguments.destination, arguments.overwrite, [source for source in sources if source])
+    if plan.checkpoints:
+        resuming.check_checkpoints(plan.checkpoints, arguments.destination)
     if arguments.evaluate == arguments.data:
         raise ConfigError(f"training and evaluation both name {arguments.data!r}; measure on other text.")
-    import torch
+    return plan
 
+
+def run(arguments: argparse.Namespace) -> None:
+    plan = _checked(arguments)
+    try:
+        _recover(arguments, plan)
+    except KeyboardInterrupt:
+        last = resuming.last_checkpoint(plan.checkpoints) if plan.checkpoints else None
+        if last is not None:
+            print(f"the same command goes on from {last}.", file=sys.stderr)
+        raise
+
+
+def _recover(arguments: argparse.Namespace, plan: Plan) -> None:
     from hf_sparse.checkpoint import is_sparse, report
 
     model, processor = load_model(arguments), load_processor(arguments)
@@ -121,44 +159,64 @@ def run(arguments: argparse.Namespace) -> None:
         raise ModelError(
             f"{arguments.model!r} is dense, so there is nothing to keep; prune it first: hf-sparse prune {arguments.model} DESTINATION --pattern 2:4 ..."
         )
-    data = training_data(model, processor, arguments.data, plan)
-    measuring = {"tokenizer": processor, "window": arguments.window, "max_windows": arguments.max_windows}
-    known, stored = report(model), model.dtype
-    teacher = _teacher(arguments, model, known, plan.distils or bool(arguments.evaluate))
-    figures: dict[str, Measurement] = {}
+    data = training_data(model, processor, arguments.data, plan.tokens, plan.sequence_length, plan.seed)
     if arguments.evaluate:
-        data.refuse_overlap(model, processor, arguments.evaluate)
-        figures["before"] = evaluate(model, arguments.evaluate, **measuring)
-        if teacher is not None:
-            figures["dense"] = evaluate(teacher, arguments.evaluate, **measuring)
-    if not plan.lora:
-        model = model.to(
-            torch.float32
-        )  # small steps are lost in half precision; what is written has the type that was read
-    model = tune(model, data, plan, teacher, processor).to(stored)
-    if arguments.evaluate:
-        figures["after"] = evaluate(model, arguments.evaluate, **measuring)
-    _write(arguments, model, processor, figures)
+        data.refuse_overlap(model, processor, arguments.evaluate, arguments.window, arguments.max_windows)
+    base = base_name(report(model))
+    name = typed_name(arguments) or base
+    last = _begin(arguments, plan, model, data, name)
+    teacher = _teacher(arguments, model, name, plan)
+    model = model.to(plan.device)
+    figures = _measured(arguments, processor, {"before": model})
+    if teacher is not None and arguments.evaluate:
+        role = "dense" if base and name and is_same(name, base) else "teacher"
+        figures |= _measured(arguments, processor, {role: teacher.to(plan.device)})
+    teacher = teacher if plan.distils else None  # its memory
+    had = widen_(model, plan.lora)
+    model = tune(model, data, plan, teacher, processor, last)
+    restore_(model, had)
+    figures |= _measured(arguments, processor, {"after": model.to(plan.device)})
+    _write(arguments, model.cpu(), processor, figures)
 
 
-def _teacher(arguments: argparse.Namespace, model: Any, known: Any, wanted: bool) -> Any:
-    """The dense model, to learn from or to be measured beside; None where it is neither named nor needed."""
-    name = arguments.teacher or (known.model if known else None)
-    if not wanted or (arguments.no_distillation and not name):
+def _begin(arguments: argparse.Namespace, plan: Plan, model: Any, data: Data, teacher: str | None) -> Path | None:
+    """The checkpoint to go on from; tells where the plan differs from what was asked for."""
+    steps, tokens = plan.steps(data)
+    if tokens != plan.tokens and not plan.quiet:
+        print(f"{steps} steps, which take {tokens} of the {plan.tokens} tokens asked for")
+    if plan.checkpoints is None:
+        return None
+    last = resuming.begin(plan.checkpoints, plan.settings(model, model_name(arguments), data, teacher))
+    if last is not None and resuming.steps_done(last) >= steps:
+        print(
+            f"nothing is left to train: {last} is the end of this run; its model is written once more.", file=sys.stderr
+        )
+    return last
+
+
+def _teacher(arguments: argparse.Namespace, model: Any, name: str | None, plan: Plan) -> Any:
+    """The dense model, to learn from or only to be measured; None where it is not needed, or to be measured and not at hand."""
+    if not plan.distils and not (name and arguments.evaluate):
         return None
     if not name:
         raise ConfigError(
             f"{arguments.model!r} does not say which dense model it was made from; name it with --teacher, or give --no-distillation."
         )
     try:
-        return type(model).from_pretrained(name, dtype=model.dtype, **hub_options(arguments)).eval()
-    except (OSError, ValueError) as error:
-        if arguments.no_distillation:
-            return None
-        first = (str(error).splitlines() or [""])[0]
-        raise ConfigError(
-            f"the dense model {name!r} cannot be loaded ({first}); name it with --teacher, or give --no-distillation to learn from the text alone."
-        ) from error
+        return load_teacher(arguments, model, name, training_dtype(model, plan.lora) if plan.distils else model.dtype)
+    except ConfigError as error:
+        if plan.distils:
+            raise
+        print(f"note: the dense model is not measured: {error}", file=sys.stderr)
+        return None
+
+
+def _measured(arguments: argparse.Namespace, processor: Any, models: dict[str, Any]) -> dict[str, Measurement]:
+    """The figure of each model; nothing without --evaluate."""
+    if not arguments.evaluate:
+        return {}
+    options = {"tokenizer": processor, "window": arguments.window, "max_windows": arguments.max_windows}
+    return {role: evaluate(model, arguments.evaluate, **options) for role, model in models.items()}
 
 
 def _write(arguments: argparse.Namespace, model: Any, processor: Any, figures: dict[str, Measurement]) -> None:
@@ -167,6 +225,9 @@ def _write(arguments: argparse.Namespace, model: Any, processor: Any, figures: d
     known = report(model)
     if known is not None and figures:
         known.add_evaluation(_evaluation(figures))
+        if known.recoveries:
+            entry, after = known.recoveries[-1], figures["after"]
+            entry.metric, entry.before, entry.after = after.metric, figures["before"].value, after.value
     with complete_folder(arguments.destination, arguments.overwrite) as folder:
         if processor is not None:
             processor.save_pretrained(folder)
@@ -174,16 +235,8 @@ def _write(arguments: argparse.Namespace, model: Any, processor: Any, figures: d
     measured = {name: found.to_dict() for name, found in figures.items()}
     if arguments.json:
         found = known.to_dict() if known else None
-        print(
-            json.dumps(
-                {
-                    "model": model_name(arguments),
-                    "destination": str(arguments.destination),
-                    "figures": measured,
-                    "report": found,
-                }
-            )
-        )
+        place = str(arguments.destination)
+        print(json.dumps({"model": model_name(arguments), "destination": place, "figures": measured, "report": found}))
         return
     if known is not None:
         print(known)
