@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -202,6 +203,8 @@ def install() -> None:
                 setattr(owner, name, ours)
         _enabled = True
     peft_hook.install()
+    if (callbacks := _callbacks()) is not None:
+        callbacks.install()
 
 
 def uninstall() -> None:
@@ -217,3 +220,11 @@ def uninstall() -> None:
                 del _installed[owner, name]
         _enabled = False
     peft_hook.uninstall()
+    if (callbacks := _callbacks()) is not None:
+        callbacks.uninstall()
+
+
+def _callbacks() -> Any:
+    """The module that wraps the Trainer's methods, if anybody has imported it; a user's own of that name is none of ours."""
+    module = sys.modules.get("trainer_callbacks.base")
+    return module if hasattr(module, "SparsityCallback") else None

@@ -41,14 +41,14 @@ class KeptMasks:
     adapters are never touched. It takes one byte for each weight of the parameters that hold zeros.
 
     A model that has fewer zeros than its report says is warned about, and what is zero now is kept. Where `resumed` says what the
-    weights were read from, such as "the checkpoint of step 4", it is refused instead, unless they have the `zeros` that whoever
-    wrote them kept.
+    weights were read from, such as "the checkpoint of step 4", it is refused instead, unless each site has the `zeros` (by its name)
+    that whoever wrote them kept.
 
     Raises: ModelError where there is nothing to keep, or the weights are where they cannot be kept; CheckpointError for a resumed
     checkpoint that has lost zeros.
     """
 
-    def __init__(self, model: nn.Module, *, resumed: str | None = None, zeros: int | None = None) -> None:
+    def __init__(self, model: nn.Module, *, resumed: str | None = None, zeros: Mapping[str, int] | None = None) -> None:
         model = checkpoint.unwrap(model)
         self.counts: Counts = {}  # at the start, of every site
         self.notes: list[str] = []
@@ -65,7 +65,7 @@ class KeptMasks:
             raise ModelError(
                 f"there is nothing to keep: {self.zeros} of {self.size} weights in the sites of {type(model).__name__} are zero. "
                 "Prune it first, with from_pretrained(..., sparsity_config=...) or hf_sparse.prune_(model, config), or while it "
-                "trains, with trainer_callbacks.Sparsify or GradualPruning."
+                "trains, with trainer_callbacks.Sparsify or GradualPruning, which keep their masks themselves."
             )
         for note in self.notes:
             warnings.warn(note, stacklevel=2)
@@ -86,18 +86,17 @@ class KeptMasks:
             self._kept.append(_Kept(stored, bits(~stored.piece(dropped))))
         return free
 
-    def _compare(self, model: nn.Module, resumed: str | None, zeros: int | None, trains: bool) -> None:
+    def _compare(self, model: nn.Module, resumed: str | None, zeros: Mapping[str, int] | None, trains: bool) -> None:
         """Look for zeros that are promised and not there."""
         missing = missing_zeros(model, self.counts)
-        if resumed and (missing if zeros is None else self.zeros < zeros):
+        lost = missing if zeros is None else _fewer(self.counts, zeros)
+        if resumed and lost:
             why = (
                 "it was written by a training that did not keep the masks; resume from an older one, or prune again"
                 if trains
                 else "it holds adapters, and the model under them is not the sparse one that they were trained on; load that"
             )
-            raise CheckpointError(
-                f"{resumed} has lost zeros: {missing or _fewest(self.counts, zeros or 0)}. Perhaps {why}."
-            )
+            raise CheckpointError(f"{resumed} has lost zeros: {lost}. Perhaps {why}.")
         if missing:
             self.notes.append(f"the model has fewer zeros than its report says: {missing}; what is zero now is kept")
 
@@ -162,20 +161,20 @@ def missing_zeros(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> st
     """What a model's sites lack of the zeros that its report or its config promises, in words; None where nothing is missing."""
     known = checkpoint.report(model)
     if known is not None:
-        fewer = [
-            f"{site.name} ({counts[site.name][0]} of {site.zeros})" for site in known.sites
-            if site.name in counts and counts[site.name][0] < site.zeros
-        ]  # fmt: skip
-        return _some(fewer) if fewer else None
+        return _fewer(counts, {site.name: site.zeros for site in known.sites if site.name in counts})
     promised = checkpoint.promised_zeros(model)
     found = sum(zeros for zeros, _ in counts.values())
-    return None if promised is None or found >= promised else _fewest(counts, promised)
-
-
-def _fewest(counts: Mapping[str, tuple[int, int]], promised: int) -> str:
+    if promised is None or found >= promised:
+        return None
     least = sorted(counts, key=lambda name: counts[name][0] / counts[name][1])
-    found = sum(zeros for zeros, _ in counts.values())
     return f"{found} of {promised} zeros are there; the least have {_some([f'{name} ({counts[name][0]})' for name in least])}"
+
+
+def _fewer(counts: Mapping[str, tuple[int, int]], wanted: Mapping[str, int]) -> str | None:
+    """The sites with fewer zeros than wanted, in words; None where there are none. A site that is not there has no zeros."""
+    found = {name: counts[name][0] if name in counts else 0 for name in wanted}
+    fewer = [f"{name} ({found[name]} of {zeros})" for name, zeros in wanted.items() if found[name] < zeros]
+    return _some(fewer) if fewer else None
 
 
 def _some(names: list[str]) -> str:

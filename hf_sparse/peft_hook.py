@@ -53,18 +53,18 @@ def uninstall() -> None:
             sys.meta_path.remove(_finder)
         if _installed is not None:
             tuner, original, ours = _installed
-            if tuner.__dict__["merge_and_unload"] is ours:
+            if tuner.__dict__.get("merge_and_unload") is ours:
                 tuner.merge_and_unload = original  # type: ignore[attr-defined]
                 _installed = None
 
 
 def _wrap_tuner(module: ModuleType) -> None:
-    """Wrap the one method that all tuners inherit."""
+    """Wrap the one method that all tuners inherit, in versions of PEFT that have it there."""
     global _installed
-    tuner = getattr(module, "BaseTuner", None)
-    if tuner is None or _installed is not None:
+    tuner: Any = getattr(module, "BaseTuner", None)
+    original = getattr(tuner, "__dict__", {}).get("merge_and_unload")
+    if original is None or _installed is not None:
         return
-    original = tuner.__dict__["merge_and_unload"]
     ours = _warning(original)
     _installed = (tuner, original, ours)
     tuner.merge_and_unload = ours

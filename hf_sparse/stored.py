@@ -1,11 +1,12 @@
 """The live parameters that hold a model's sites, whole or in shards over processes, and the zeros written into them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from hf_sparse.errors import ModelError
@@ -27,6 +28,7 @@ class Stored:
     attribute: str
     parameter: nn.Parameter
     sites: list[Site]
+    group: FSDPModule | None = None  # that shards it, with the parameters beside it
     shape: torch.Size = field(init=False)  # as it was when this was made
 
     def __post_init__(self) -> None:
@@ -42,6 +44,9 @@ class Stored:
         Raises: ModelError where the module has another parameter now, or the parameter another shape.
         """
         now = self.module._parameters.get(self.attribute)
+        if now is not self.parameter and self.group is not None:
+            self.group.reshard()  # a forward pass without a backward pass may leave the gathered copy in its place
+            now = self.module._parameters.get(self.attribute)
         if now is not self.parameter or now.shape != self.shape:
             found = "none" if now is None else f"another, of shape {tuple(now.shape)}"
             raise ModelError(
@@ -78,6 +83,9 @@ def stored_parameters(model: nn.Module) -> list[Stored]:
     values (offloaded, on the meta device), or no plain numbers (quantized).
     """
     _check(model)
+    groups = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    for sharded in groups.values():
+        sharded.reshard()  # what a forward pass without a backward pass gathered is no parameter of the training
     found: dict[int, Stored] = {}
     for site in find_sites(model).all():
         module = model.get_submodule(site.module)
@@ -87,8 +95,16 @@ def stored_parameters(model: nn.Module) -> list[Stored]:
                 f"{site.name} is offloaded or on the meta device, where nothing can be trained; load the model without device_map or with "
                 "one that keeps all of it in memory."
             )
-        found.setdefault(id(parameter), Stored(module, site.parameter, parameter, [])).sites.append(site)
+        group = _group(groups, site.module)
+        found.setdefault(id(parameter), Stored(module, site.parameter, parameter, [], group)).sites.append(site)
     return list(found.values())
+
+
+def _group(groups: Mapping[str, FSDPModule], name: str) -> FSDPModule | None:
+    """The innermost of the modules that FSDP version 2 has sharded around a module."""
+    while name and name not in groups:
+        name = name.rpartition(".")[0]
+    return groups.get(name)
 
 
 def _check(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from hf_sparse import SparsityConfig, prune_, report
+from hf_sparse import SparsityConfig, hooks, prune_, report
 from hf_sparse.checkpoint import detach
 from hf_sparse.recovery import Recovery
 from hf_sparse.report import Report
@@ -183,24 +184,51 @@ def test_trainers_with_a_log_of_their_own_have_it_too(kind: type[Trainer], tmp_p
 
 
 def test_the_trainers_own_log_can_be_given_back() -> None:
-    assert Trainer.log is base._log
+    assert (Trainer.log, Trainer.train) == (base._log, base._train)
     try:
         base.uninstall()
-        assert Trainer.log is base._plain_log
+        assert (Trainer.log, Trainer.train) == (base._plain_log, base._plain_train)
         base.uninstall()
         base.install()
         base.install()
-        assert Trainer.log is base._log
+        assert (Trainer.log, Trainer.train) == (base._log, base._train)
     finally:
         base.install()
 
 
-def test_another_librarys_wrapper_stays() -> None:
+def test_uninstalling_the_package_gives_them_back_as_well() -> None:
+    try:
+        hooks.uninstall()
+        assert (Trainer.log, Trainer.train) == (base._plain_log, base._plain_train)
+    finally:
+        hooks.install()
+    assert (Trainer.log, Trainer.train) == (base._log, base._train)
+
+
+@pytest.mark.parametrize("module", [None, SimpleNamespace(uninstall=None, install=None)])
+def test_without_our_callbacks_the_package_leaves_the_trainer_alone(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if module is None:
+        monkeypatch.delitem(sys.modules, "trainer_callbacks.base")
+    else:  # a user's own
+        monkeypatch.setitem(sys.modules, "trainer_callbacks.base", module)
+    try:
+        hooks.uninstall()
+        assert Trainer.log is base._log
+        assert sys.modules.get("trainer_callbacks.base") is module
+    finally:
+        hooks.install()
+
+
+@pytest.mark.parametrize("name", ["log", "train"])
+def test_another_librarys_wrapper_stays(name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "log", theirs := lambda self, logs: None)
+        patch.setattr(Trainer, name, theirs := lambda self: None)
         base.install()
         base.uninstall()
-        assert Trainer.log is theirs
+        assert getattr(Trainer, name) is theirs
+    base.install()
 
 
 # ------------------------------------------------------------------------------------------------ one training
@@ -571,12 +599,12 @@ def test_no_hook_is_left_at_the_end(tmp_path: Path) -> None:
     assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()] == hooks
 
 
-def test_no_hook_of_a_training_that_broke_off_is_left_in_the_next(tmp_path: Path) -> None:
+def test_no_hook_of_a_training_that_broke_off_is_left(tmp_path: Path) -> None:
     model = pruned()
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            trainer_for(model, tmp_path, KeepMasks(), Crash()).train()
-        assert len(model._forward_pre_hooks) == 1
+            trainer_for(model, tmp_path, KeepMasks(), Plain(), Crash()).train()
+        assert not model._forward_pre_hooks
     trainer_for(model, tmp_path, KeepMasks()).train()
     assert not model._forward_pre_hooks
     assert entry(model).tokens == 6 * 32

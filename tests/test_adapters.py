@@ -1214,6 +1214,14 @@ def not_imported(unwatched: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         sys.modules.pop(name, None)
 
 
+def test_versions_of_peft_without_the_method_are_left_alone(not_imported: Callable[[], Any], tmp_path: Path) -> None:
+    (tmp_path / "not_peft" / "tuners.py").write_text("class BaseTuner:\n    pass\n")
+    peft_hook.install()
+    assert not hasattr(not_imported(), "merge_and_unload")
+    assert peft_hook._installed is None
+    assert not waiting()
+
+
 def is_wrapped(kind: Any) -> bool:
     return hasattr(vars(kind)["merge_and_unload"], "__wrapped__")
 

@@ -3,7 +3,9 @@
 import copy
 import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +37,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from hf_sparse import SparsityConfig, prune_, report
 from hf_sparse.blocks import find_blocks
 from hf_sparse.errors import ConfigError, HfSparseError, ModelError
-from trainer_callbacks import KeepMasks, distillation_loss
+from trainer_callbacks import KeepMasks, Sparsify, distillation_loss
 from trainer_callbacks.distillation import Distillation
 from trainer_callbacks.distillation_loss import counted_positions, divergence_, relative_error
 from trainer_callbacks.distillation_teacher import copied
 
 VOCABULARY = 64
+MAGNITUDE = SparsityConfig(metric="magnitude")
 # The Trainer's name for it since 5.2x.
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
@@ -518,6 +521,7 @@ def lora(model: Any, task: str | None = "CAUSAL_LM") -> Any:
     return get_peft_model(model, config)
 
 
+@pytest.mark.filterwarnings("ignore:the adapters are not masked")
 @pytest.mark.parametrize(
     "task", ["CAUSAL_LM", None]
 )  # PEFT has a wrapper for each, which call the model in ways of their own
@@ -613,6 +617,59 @@ def test_a_callback_may_be_used_again_for_another_model(saved: Path, tmp_path: P
 class Breaks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **events: Any) -> None:
         raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:the adapters are not masked")
+@pytest.mark.parametrize("block_weight", [0.0, 1.0])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_training_that_broke_off_leaves_the_plain_model_behind(
+    wrapped: bool, block_weight: float, saved: Path, tmp_path: Path
+) -> None:
+    def student() -> Any:
+        return lora(sparse(saved)) if wrapped else sparse(saved)
+
+    model, teacher = student(), other(llama()).train()
+    callback, held = Distillation(teacher, block_weight=block_weight), weakref.ref(teacher)
+    with pytest.raises(KeyboardInterrupt):
+        trained(model, text_rows(), tmp_path, callback, Breaks(), learning_rate=0.0)
+    assert teacher.training
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in (*model.modules(), *teacher.modules()))
+    own = trained(model, text_rows(), tmp_path, KeepMasks(), learning_rate=0.0)  # another Trainer, without the callback
+    assert losses(own) == losses(trained(student(), text_rows(), tmp_path, KeepMasks(), learning_rate=0.0))
+    del teacher, callback
+    gc.collect()
+    assert held() is None  # though the model is there
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_second_training_has_the_same_teacher(fails: bool, tmp_path: Path) -> None:
+    model, callback = llama(), Distillation()
+    run = trainer(model, text_rows(), tmp_path, Sparsify(MAGNITUDE), callback, *([Breaks()] if fails else []))
+    dense = weights(callback._dense)  # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+            run.train()
+        assert same(weights(callback._dense), dense, 0.0)  # type: ignore[arg-type]
+    assert report(model).zeros == Sparsify(MAGNITUDE).config.target * 15360
+
+
+def test_another_student_is_not_taught_by_the_first_ones_copy(tmp_path: Path) -> None:
+    callback, seen = Distillation(weight=1.0), []
+    run = trainer(llama(), text_rows(), tmp_path, callback, learning_rate=0.0)
+    for make in (lambda: llama(), lambda: other(llama())):
+        run.model_init, run.model = make, None
+        run.train()
+        seen += [log["distillation_loss"] for log in losses(run)]
+    assert max(seen) < 1e-6
+
+
+def test_a_quantized_student_may_be_taught(tmp_path: Path) -> None:
+    model = llama()
+    model.config.quantization_config = {"quant_method": "gptq"}  # its zeros cannot be counted
+    run = trained(model, text_rows(), tmp_path, Distillation(other(llama())))
+    assert losses(run)[-1]["distillation_loss"] > 0
+    with pytest.raises(ModelError, match="quantized"):
+        trained(model, text_rows(), tmp_path, KeepMasks())
 
 
 @pytest.mark.parametrize("fresh", [True, False])

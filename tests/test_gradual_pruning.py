@@ -332,6 +332,37 @@ def test_a_checkpoint_of_a_training_without_the_callback(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_training_that_broke_off_leaves_nothing_hooked_and_its_zeros(step: int, tmp_path: Path) -> None:
+    class Breaks(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **events: Any) -> None:
+            if state.global_step == step:
+                assert model.model.layers[0]._forward_hooks  # it is looked at, as the masks change behind this step
+                raise KeyboardInterrupt
+
+    model, callback = llama(), GradualPruning({"pattern": "2:4"}, freeze=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(model, tmp_path, callback, Breaks(), gradient_accumulation_steps=2).train()
+    assert not hooked(model)
+    assert callback._gradual is None
+    done = sum(zeros(model).values())
+    assert done > 0
+    again = trainer(model, tmp_path, max_steps=1, learning_rate=0.0)
+    again.train()
+    assert sum(zeros(model).values()) == done
+
+
+def test_a_checkpoint_that_is_refused_takes_no_claim_away(tmp_path: Path) -> None:
+    trainer(llama(), tmp_path, save_strategy="steps", save_steps=4, max_steps=4).train()
+    model = llama()
+    hf_sparse.prune_(model, SparsityConfig(metric="magnitude", pattern="unstructured", sparsity=0.1))
+    before, claim = hf_sparse.report(model), model.config.hf_sparse
+    with pytest.raises(CheckpointError, match="step 4 should hold its target since step 2"):
+        trainer(model, tmp_path, GradualPruning({"pattern": "2:4"}, end=2)).train(resume_from_checkpoint=True)
+    assert hf_sparse.report(model) is before
+    assert model.config.hf_sparse is claim
+
+
 def test_such_a_checkpoint_behind_the_freeze_is_refused(tmp_path: Path) -> None:
     trainer(llama(), tmp_path, save_strategy="steps", save_steps=4, max_steps=4).train()
     run = trainer(llama(), tmp_path, GradualPruning({"pattern": "2:4"}, end=2))

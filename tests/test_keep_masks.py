@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,23 @@ import torch
 from models import bert, llama, mixtral, phi3, t5, token_rows
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from torch.distributed.fsdp import fully_shard
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from hf_sparse import SparsityConfig, masks, prune_, report
+from hf_sparse import SparsityConfig, mask_lora_, masks, prune_, report
 from hf_sparse.checkpoint import detach, unwrap
-from hf_sparse.errors import CheckpointError, ModelError
+from hf_sparse.errors import CheckpointError, ConfigError, ModelError
 from hf_sparse.families import find_sites
 from hf_sparse.sites import read
-from trainer_callbacks import KeepMasks
+from trainer_callbacks import GradualPruning, KeepMasks, Sparsify
 
 # The older name is deprecated, and the newer one unknown to the lowest version.
 CHECKPOINTING = (
@@ -468,9 +478,47 @@ def test_a_model_that_lost_zeros_behind_the_last_step_is_not_handed_out_silently
     assert report(model).recoveries[-1].zeros_lost == 16
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("other", [Sparsify, GradualPruning])
+def test_beside_a_callback_that_prunes_it_is_left_out(other: Any, first: bool, tmp_path: Path) -> None:
+    callbacks = [KeepMasks(), other({"metric": "magnitude"})][:: 1 if first else -1]
+    with pytest.raises(
+        ConfigError, match=rf"{other.__name__} prunes the model and keeps its masks itself.*leave KeepMasks out"
+    ):
+        trainer_for(llama(), tmp_path, *callbacks)
+
+
+class Halts(TrainerCallback):
+    """Ends a training between the optimizer's step and what keeps the masks."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **events: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_training_that_broke_off_leaves_zeros_and_holds_no_masks(interrupted: bool, tmp_path: Path) -> None:
+    model, callback = pruned(), KeepMasks()
+    places = zeros_of(model)
+    run = trainer_for(model, tmp_path, *([Halts()] if interrupted else []), callback)
+    if not interrupted:
+        run.create_optimizer()
+        run.optimizer.step = lambda *_: exchange(model)
+    with pytest.raises(KeyboardInterrupt if interrupted else ModelError):
+        run.train()
+    assert callback._kept is None
+    found = zeros_of(model)
+    assert all(torch.equal(found[name], place) for name, place in places.items()) or not interrupted
+
+
+def exchange(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach() + 1)
+
+
 # ------------------------------------------------------------------------------------------------ adapters and TRL
 
 
+@pytest.mark.filterwarnings("ignore:the adapters are not masked")
 @pytest.mark.parametrize("calls", [True, False])  # PEFT before 0.21 runs the forward of what it wraps without a call
 def test_adapters_train_while_the_base_stays_as_it_was(
     calls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -492,6 +540,40 @@ def test_adapters_train_while_the_base_stays_as_it_was(
     (entry,) = report(model).recoveries
     assert entry.method.startswith("LoRA, r 4; ")
     assert entry.tokens == 6 * 2 * 16
+
+
+def test_adapters_that_would_fill_in_the_zeros_are_told_of(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(pruned(), LoraConfig(r=4, target_modules=["up_proj"]))
+    with pytest.warns(
+        UserWarning, match=r"not masked: training leaves the 1,536 zeros .*mask_lora_.*sparse_shira_config"
+    ):
+        trainer_for(model, tmp_path, KeepMasks(), max_steps=1).train()
+    mask_lora_(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not masked")
+        trainer_for(model, tmp_path, KeepMasks(), max_steps=1).train()
+        injected = pruned()
+        injected.add_adapter(LoraConfig(r=4, target_modules=["up_proj"]))
+        with pytest.raises(UserWarning, match="1,536 zeros"):
+            trainer_for(injected, tmp_path, KeepMasks(), max_steps=1).train()
+
+
+def test_adapters_on_shards_are_kept_without_a_word(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(pruned(), LoraConfig(r=4, target_modules=["up_proj"]))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        callback, control = KeepMasks(), TrainerControl()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            callback.on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), control, model)
+        assert callback.figures() == {"sparsity": 0.5}
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("adapters", [False, True])

@@ -414,6 +414,10 @@ def test_a_parameter_exchanged_between_steps_is_an_error() -> None:
             work()
 
 
+def zeros_of_sites(model: nn.Module) -> dict[str, int]:
+    return {name: int(place.sum()) for name, place in dropped(model).items()}
+
+
 def refill_(model: Any, layer: int = 0) -> None:
     model.model.layers[layer].mlp.up_proj.weight.data.fill_(1)
 
@@ -463,20 +467,37 @@ def test_one_whose_writer_had_no_more_is_resumed() -> None:
     model = pruned()
     refill_(model)
     with pytest.warns(UserWarning, match="fewer zeros"):
-        kept = KeptMasks(model, resumed="the checkpoint of step 4", zeros=7680 - 768)
+        kept = KeptMasks(model, resumed="the checkpoint of step 4", zeros=zeros_of_sites(model))
     assert kept.zeros == 7680 - 768
-    with pytest.raises(CheckpointError, match="lost zeros"):
-        KeptMasks(model, resumed="the checkpoint of step 4", zeros=7680 - 767)
+    with pytest.raises(CheckpointError, match=r"lost zeros: model\.layers\.1\.mlp\.up_proj \(768 of 769\)\."):
+        KeptMasks(
+            model,
+            resumed="the checkpoint of step 4",
+            zeros=zeros_of_sites(model) | {"model.layers.1.mlp.up_proj": 769},
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*fewer zeros than its report")
+def test_a_site_that_lost_its_zeros_is_noticed_though_another_has_as_many_more() -> None:
+    model = pruned()
+    zeros = zeros_of_sites(model)
+    refill_(model)
+    model.model.layers[1].mlp.up_proj.weight.data.fill_(0)
+    assert sum(zeros_of_sites(model).values()) == sum(zeros.values())
+    words = r"step 4 has lost zeros: model\.layers\.0\.mlp\.up_proj \(0 of 768\)\. "
+    with pytest.raises(CheckpointError, match=words):
+        KeptMasks(model, resumed="the checkpoint of step 4", zeros=zeros)
+    with pytest.raises(CheckpointError, match=r"model\.gone \(0 of 1\)"):
+        KeptMasks(pruned(), resumed="the checkpoint of step 4", zeros={"model.gone": 1})
 
 
 def test_its_writers_count_is_known_where_there_is_no_report() -> None:
     model = elsewhere()
-    KeptMasks(model, resumed="the checkpoint of step 4", zeros=7680)
+    zeros = zeros_of_sites(model)
+    KeptMasks(model, resumed="the checkpoint of step 4", zeros=zeros)
     refill_(model)
-    with pytest.raises(
-        CheckpointError, match=r"6912 of 7680 zeros are there; the least have model\.layers\.0\.mlp\.up_proj \(0\)"
-    ):
-        KeptMasks(model, resumed="the checkpoint of step 4", zeros=7680)
+    with pytest.raises(CheckpointError, match=r"lost zeros: model\.layers\.0\.mlp\.up_proj \(0 of 768\)\."):
+        KeptMasks(model, resumed="the checkpoint of step 4", zeros=zeros)
 
 
 def test_under_adapters_another_reason_is_likelier() -> None:

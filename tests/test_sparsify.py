@@ -343,6 +343,30 @@ def test_collators_that_make_no_mapping_are_told(tmp_path: Path) -> None:
         trainer_for(llama(), tmp_path, Sparsify(WANDA), collator=tuple).train()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_process_0_cannot_read_all_processes_raise(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes played one after the other: what process 0 sends is what process 1 gets."""
+
+    def unreadable(rows: Any) -> Any:
+        raise OSError("the disk is gone")
+
+    sent: list[Any] = []
+    loader = SimpleNamespace(dataset=ROWS, collate_fn=unreadable)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(
+        "trainer_callbacks.training_data.broadcast_object_list", lambda values: sent.append(values) or sent[0]
+    )
+    expected: list[Any] = [
+        (OSError, "^the disk is gone"),
+        (CalibrationError, "process 0 .*OSError: the disk is gone.*collator"),
+    ]
+    for process in range(rank + 1):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda number=process: number)
+        with pytest.raises(expected[process][0], match=expected[process][1]):
+            training_samples(llama(), loader, WANDA)
+    assert len(sent) == rank + 1
+
+
 # ------------------------------------------------------------------------------------------------ once
 
 
@@ -505,6 +529,7 @@ def test_the_base_is_pruned_and_its_adapters_are_masked(tmp_path: Path) -> None:
     trainer_for(model, tmp_path, Sparsify(MAGNITUDE), catch).train()
     assert report(model.get_base_model()).sparsity == 0.5
     assert catch.wrong == 0
+    assert report(model.get_base_model()).recoveries[-1].method.startswith("masked LoRA, r 4; ")
     ids = ROWS[0]["input_ids"][None]
     with torch.no_grad():
         before = model.eval()(input_ids=ids).logits

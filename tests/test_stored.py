@@ -1,6 +1,7 @@
 """The parameters that hold the sites of a model, and the zeros written into them: exact in every number format."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import bert, llama, mixtral, phi3, t5
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sparse.errors import ModelError
@@ -161,6 +163,52 @@ def test_other_values_dtypes_and_devices_are_none() -> None:
     stored = stored_parameters(model)[0]
     model.half()
     assert stored.local().dtype == torch.float16
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(*, parts: bool) -> Any:
+    """A model whose forward pass leaves its parameters gathered until a backward pass: all, or those of its blocks alone."""
+    model, mesh = llama(), torch.distributed.init_device_mesh("cpu", (1,))
+    for layer in model.model.layers if parts else ():
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("parts", [True, False])
+def test_shards_that_a_pass_without_gradients_has_gathered_are_the_parameters_still(parts: bool) -> None:
+    model = sharded(parts=parts)
+    before = stored_parameters(model)
+    shards = [one.parameter for one in before]
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    linear = model.model.layers[0].mlp.up_proj
+    assert type(linear.weight) is nn.Parameter  # gathered
+    name = "model.layers.0.mlp.up_proj.weight"
+    (one,) = [stored for stored in before if stored.name == name]
+    one.local().fill_(2)
+    assert one.parameter is linear.weight
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert bool((linear.weight == 2).all())
+    assert all(one.sharded for one in stored_parameters(model))
+    assert all(one.parameter is shard for one, shard in zip(stored_parameters(model), shards, strict=True))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_another_parameter_in_the_place_of_shards_is_an_error() -> None:
+    model = sharded(parts=True)
+    linear = model.model.layers[0].mlp.up_proj
+    (one,) = [stored for stored in stored_parameters(model) if stored.module is linear]
+    linear.weight = nn.Parameter(torch.zeros(48, 32))
+    with pytest.raises(ModelError, match=r"another, of shape \(48, 32\) now"):
+        one.local()
 
 
 class FullyShardedDataParallel(nn.Module):

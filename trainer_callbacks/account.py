@@ -64,7 +64,8 @@ class Account:
         if not self._callbacks:
             self._facts = _facts(args, events) | {"method": _trains(events.get("model", self.model))}
             self._best = args.load_best_model_at_end
-        self._zeros = self.zeros()  # the callback may have pruned
+        if callback.keeps_zeros or checkpoint.report(self.model) is not None:  # quantized weights cannot be counted
+            self._zeros = self.zeros()  # the callback may have pruned
         self._callbacks.append(callback)
 
     @property
@@ -153,6 +154,10 @@ class Account:
         self._left.add(id(callback))
         if len(self._left) >= len(self._callbacks):
             self._hook.remove()
+
+    def abandon_(self) -> None:
+        """The training broke off; what was written last stays in the report."""
+        self._hook.remove()
 
 
 # ---------------------------------------------------------------------------------------------------- what does not change

@@ -1,5 +1,6 @@
 """What the callbacks share: figures for the Trainer's logs, and one account of each training for report and card."""
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,9 @@ class SparsityCallback(TrainerCallback):
     `figures()` reach `log_history`, TensorBoard and the progress bar with each training log; the other properties stand
     in the account of the training, which goes into the model's report and card, whoever of the callbacks stands first.
     """
+
+    keeps_zeros = False  # whether it needs weights whose zeros can be counted
+    _account: Account | None = None
 
     @property
     def words(self) -> str | None:
@@ -40,7 +44,17 @@ class SparsityCallback(TrainerCallback):
 
     def begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **events: Any) -> None:
         """Join the account of this training; called in `on_train_begin`, once the model is as it shall be trained."""
-        Account.of(model, state).join(self, args, state, model=model, **events)
+        self._account = Account.of(model, state)
+        self._account.join(self, args, state, model=model, **events)
+
+    def abandon_(self) -> None:
+        """The training broke off: take back what was hooked to the model, and let go what is held of it.
+
+        Called in place of `on_train_end`, on every process that sees an exception, so without communication.
+        """
+        if self._account is not None:
+            self._account.abandon_()
+        self._account = None
 
     def _write(self, state: TrainerState, model: nn.Module) -> None:
         account = Account.find(model, state)
@@ -73,9 +87,9 @@ class SparsityCallback(TrainerCallback):
         Account.of(model, state).close(self, state)
 
 
-# ---------------------------------------------------------------------------------------------------- logs
+# ---------------------------------------------------------------------------------------------------- the Trainer
 
-_plain_log = Trainer.log
+_plain_log, _plain_train = Trainer.log, Trainer.train
 
 
 def _log(self: Trainer, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -86,20 +100,35 @@ def _log(self: Trainer, logs: dict[str, float], *args: Any, **kwargs: Any) -> No
     _plain_log(self, logs, *args, **kwargs)
 
 
-def install() -> None:
-    """Let `Trainer.log` add the callbacks' figures, which changes nothing for a Trainer without them.
+@functools.wraps(_plain_train)
+def _train(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return _plain_train(self, *args, **kwargs)
+    except BaseException:  # Ctrl-C too
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SparsityCallback):
+                callback.abandon_()
+        raise
 
-    Callbacks cannot do it themselves: `on_log` comes after the log has gone into `log_history`, and after TensorBoard's
-    callback.
+
+def install() -> None:
+    """Let `Trainer.log` add the callbacks' figures, and `Trainer.train` tell them when it breaks off.
+
+    It changes nothing for a Trainer without them. Callbacks cannot do it themselves: `on_log` comes after the log has gone
+    into `log_history`, and after TensorBoard's callback, and no event tells of an exception.
     """
     if Trainer.log is _plain_log:
         Trainer.log = _log
+    if Trainer.train is _plain_train:
+        Trainer.train = _train
 
 
 def uninstall() -> None:
-    """Give the Trainer its own method back, unless another library has wrapped it since."""
+    """Give the Trainer its own methods back, but for those that another library has wrapped since."""
     if Trainer.log is _log:
         Trainer.log = _plain_log
+    if Trainer.train is _train:
+        Trainer.train = _plain_train
 
 
 install()

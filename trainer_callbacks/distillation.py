@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -42,7 +42,8 @@ class Distillation(SparsityCallback):
     Memory, on every process, whatever shards the student: the teacher's parameters in its number format (no gradients, no optimizer
     state), its activations of one block for one micro-batch, its logits (batch, length, vocabulary), and with block_weight a gradient
     the size of each block's output in single precision. TRL's SFTTrainer, which otherwise makes no whole logits, makes the student's
-    too. Time: one forward pass of the teacher; with torch.compile, block outputs are taken between graphs, one for each block.
+    too. A copy of the student stays with the callback, in the CPU's memory between trainings. Time: one forward pass of the
+    teacher; with torch.compile, block outputs are taken between graphs, one for each block.
 
     The training logs gain `distillation_loss`, `task_loss` (the model's own) and `block_loss`, as they stand in the formula.
 
@@ -74,6 +75,7 @@ class Distillation(SparsityCallback):
         self._dtype: torch.dtype | None = None if teacher_dtype is None else getattr(torch, name)
         self._given = teacher
         self._dense: nn.Module | None = None
+        self._dense_of: ReferenceType[nn.Module] | None = None  # the student that was trained with that copy
         self._passes: TaughtPasses | None = None
         self._state: TrainerState | None = None
         self._name = ""
@@ -109,7 +111,7 @@ class Distillation(SparsityCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **events: Any) -> None:
         # The last moment before anything wraps, shards or prunes the model.
         model = events.get("model")
-        self._dense = None
+        self._dense = self._dense_of = None
         if self._given is None and model is not None and checkpoint.report(model) is None and is_dense(model):
             self._dense = copied(model, self._dtype)
 
@@ -123,7 +125,10 @@ class Distillation(SparsityCallback):
             raise ConfigError("there are two Distillation callbacks in one training; leave one of them.")
         for one in (earlier, self):
             if one is not None:
-                one._stop()  # of a training that broke off
+                one._stop()  # of a training that broke off before it could be told
+        if self._dense_of is not None and self._dense_of() is not student:
+            self._dense = None  # what another student began as, such as one that model_init made
+        self._dense_of = ref(student)
         given = self._given if self._given is not None else self._dense
         teacher, self._name = find(given, model, state.global_step, self._dtype)
         asked = Teacher(teacher, student, args.device, _MIXED.get(args.mixed_precision))
@@ -156,14 +161,19 @@ class Distillation(SparsityCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **events: Any
     ) -> None:
         self._stop()
-        self._dense = None
         super().on_train_end(args, state, control, model, **events)
+
+    def abandon_(self) -> None:
+        self._stop()
+        super().abandon_()
 
     def _stop(self) -> None:
         if self._passes is not None:
             self._passes.close()
             _active.pop(self._passes.student, None)
-        self._passes = None
+        if self._dense is not None:  # another train() begins with it; until then it takes no accelerator's memory
+            self._dense.to("cpu")
+        self._passes = self._state = None
 
 
 def _check(args: TrainingArguments, model: nn.Module) -> None:

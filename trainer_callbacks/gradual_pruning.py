@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_sparse import checkpoint
 from hf_sparse.config import SparsityConfig
-from hf_sparse.errors import CheckpointError, ConfigError
+from hf_sparse.errors import CheckpointError, ConfigError, HfSparseError
 from hf_sparse.gradual import Gradual, Schedule, Timing, fitting
 from hf_sparse.gradual.account import report_of
 from hf_sparse.gradual.dormant import FILE_NAME, load_dormant_, save_dormant
@@ -47,6 +48,8 @@ class GradualPruning(SparsityCallback, ExportableState):
     report say what holds.
     """
 
+    keeps_zeros = True
+
     def __init__(
         self, config: SparsityConfig | Mapping[str, Any] | str | Path, *, start: float = 0.0, end: float = 0.5,
         every: int | None = None, freeze: float | None = None, schedule: str = "cubic",
@@ -56,7 +59,6 @@ class GradualPruning(SparsityCallback, ExportableState):
         self._gradual: Gradual | None = None
         self._inputs: TrainingInputs | None = None
         self._schedule: Schedule | None = None
-        self._account: Account | None = None
         self._late = False  # whether masks could not be made when they were due
         self._data: dict[str, Any] | None = None  # what the activations of the last update were
 
@@ -73,12 +75,10 @@ class GradualPruning(SparsityCallback, ExportableState):
         self._gradual, self._schedule = gradual, schedule
         self._inputs = gradual.inputs() if gradual.needs_inputs else None
         self._late, self._data = saved.get("late", False), saved.get("data")
-        checkpoint.detach(gradual.model)  # what it was is not what it is going to be
         if state.global_step:
             self._resume(args, state)
-        if not gradual.frozen and gradual.sparsity():  # without a claim in its config
-            under_way = report_of(gradual, set(gradual.plans), [f"gradual pruning is under way: {schedule}"])
-            checkpoint.attach_report(gradual.model, self._with_past(under_way))
+        if not gradual.frozen:
+            self._attach_under_way()
         self._account = Account.of(model, state)
         self._account.earlier.update(saved.get("so_far") or {})
         # The Trainer keeps states under the names that the checkpoint has, and fails at its next save without this one.
@@ -223,12 +223,28 @@ class GradualPruning(SparsityCallback, ExportableState):
         else:
             checkpoint.detach(gradual.model)
 
+    def _attach_under_way(self) -> None:
+        """What the model was is not what it is going to be: until the freeze it has a report at most, and no claim."""
+        gradual = self._running()
+        checkpoint.detach(gradual.model)
+        if gradual.sparsity():
+            notes = [f"gradual pruning is under way: {self._planned()}"]
+            checkpoint.attach_report(gradual.model, self._with_past(report_of(gradual, set(gradual.plans), notes)))
+
     def _with_past(self, report: Any) -> Any:
         """The report with the trainings that the model has gone through."""
         gradual = self._running()
         known = checkpoint.report(gradual.model) or gradual.earlier
         report.recoveries = list(known.recoveries) if known else []
         return report
+
+    def abandon_(self) -> None:
+        # Perhaps between the optimizer's step and ours; no error of ours may hide the one that broke the training off.
+        with suppress(HfSparseError, RuntimeError):
+            if self._gradual is not None:
+                self._gradual.apply_()
+        self._close()
+        super().abandon_()
 
     def _close(self) -> None:
         if self._inputs is not None:

@@ -1,15 +1,24 @@
 """KeepMasks: what is zero in a model's sites when training begins stays so in every step, evaluation and checkpoint."""
 
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_sparse.errors import ModelError
+from hf_sparse.errors import ConfigError, HfSparseError, ModelError
 from hf_sparse.kept import KeptMasks
 from trainer_callbacks.account import Account
 from trainer_callbacks.base import SparsityCallback
+
+_PRUNING = (
+    "GradualPruning",
+    "Sparsify",
+)  # the callbacks that prune, by the names under which the Trainer has their states
 
 
 class KeepMasks(SparsityCallback, ExportableState):
@@ -20,14 +29,24 @@ class KeepMasks(SparsityCallback, ExportableState):
     matrices inside the model's blocks, never norms, biases, embeddings, heads or adapters. They take one byte for each
     weight of those matrices. For loops without the Trainer see `hf_sparse.KeptMasks`.
 
-    Raises when training begins: ModelError for a model without zeros, or whose weights are quantized, offloaded,
+    Raises when the Trainer is made: ConfigError beside a callback that prunes, which keeps its masks itself. Raises when
+    training begins: ModelError for a model without zeros, or whose weights are quantized, offloaded,
     flattened or empty (FSDP version 1, DeepSpeed ZeRO stage 3); CheckpointError for a resumed checkpoint that has lost
     zeros. While it runs: ModelError where a parameter was exchanged.
     """
 
+    keeps_zeros = True
+
     def __init__(self) -> None:
         self._kept: KeptMasks | None = None
-        self._account: Account | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **events: Any) -> None:
+        others = [name for name in _PRUNING if name in state.stateful_callbacks]
+        if others and type(self).__name__ not in _PRUNING:
+            raise ConfigError(
+                f"{type(self).__name__} and {others[0]} are in one training: {others[0]} prunes the model and keeps its masks "
+                f"itself, and {type(self).__name__} would keep those of the model before; leave {type(self).__name__} out."
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **events: Any
@@ -35,13 +54,26 @@ class KeepMasks(SparsityCallback, ExportableState):
         self._kept = None  # of a training that broke off
         resumed = f"the checkpoint of step {state.global_step}" if state.global_step else None
         saved = self._saved(state)
-        self._kept = KeptMasks(model, resumed=resumed, zeros=saved.get("zeros"))
+        zeros = saved.get("zeros")
+        self._kept = KeptMasks(model, resumed=resumed, zeros=zeros if isinstance(zeros, Mapping) else None)
         self._kept.apply_()  # other tools leave -0.0
+        self._look_at_adapters(model)
         self._account = Account.of(model, state)
         self._account.earlier.update(saved.get("so_far") or {})
         # The Trainer keeps states under the names that the checkpoint has, and fails at its next save without this one.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.begin(args, state, model, **events)
+
+    def _look_at_adapters(self, model: nn.Module) -> None:
+        """Tell of adapters that would fill in the zeros when they are merged, but in shards, where nothing can be merged."""
+        whole = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        if whole and has_adapters(model) and (lost := stake(model)):
+            warnings.warn(
+                f"the adapters are not masked: training leaves the {lost:,} zeros of the matrices under them alone, but a "
+                "merge fills them in, or cuts what was trained there. Call hf_sparse.mask_lora_(model) before training, or "
+                "train with hf_sparse.sparse_shira_config.",
+                stacklevel=3,
+            )
 
     def _saved(self, state: TrainerState) -> dict[str, Any]:
         """What the checkpoint keeps of this callback; nothing where none was resumed, or one saved without it."""
@@ -79,6 +111,14 @@ class KeepMasks(SparsityCallback, ExportableState):
                 "the optimizer's steps. Do not use this model; look for other callbacks that write into weights."
             )
 
+    def abandon_(self) -> None:
+        # Perhaps between the optimizer's step and ours; no error of ours may hide the one that broke the training off.
+        with suppress(HfSparseError, RuntimeError):
+            if self._kept is not None:
+                self._kept.apply_()
+        self._kept = None
+        super().abandon_()
+
     def figures(self) -> dict[str, float]:
         return {} if self._kept is None else {"sparsity": self._kept.sparsity()}
 
@@ -88,4 +128,18 @@ class KeepMasks(SparsityCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback; the masks are in its weights."""
         so_far = dict(self._account.so_far) if self._account else {}
-        return {"args": {}, "attributes": {"so_far": so_far, "zeros": self._kept.zeros if self._kept else None}}
+        counts = self._kept.counts if self._kept else {}
+        zeros = {name: zeros for name, (zeros, _) in counts.items() if zeros} if self._kept else None
+        return {"args": {}, "attributes": {"so_far": so_far, "zeros": zeros}}
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has changed the model, by whatever of its functions; PEFT takes seconds to import and is not."""
+    return any(getattr(module, "peft_config", None) for module in model.modules())
+
+
+def stake(model: nn.Module) -> int:
+    """How many zeros a plain merge of the adapters would fill in."""
+    from hf_sparse.adapters.adapted import zeros_at_stake
+
+    return zeros_at_stake(model, None)

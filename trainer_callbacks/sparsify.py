@@ -17,7 +17,7 @@ from hf_sparse.errors import CalibrationError, CheckpointError, ConfigError, HfS
 from hf_sparse.prune import prune_
 from hf_sparse.report import Report
 from trainer_callbacks.account import describe
-from trainer_callbacks.keep_masks import KeepMasks
+from trainer_callbacks.keep_masks import KeepMasks, stake
 from trainer_callbacks.training_data import training_samples
 
 _MAY_DIFFER = ("calibration", "num_samples", "device")  # on resumption: they say with what and where, not what for
@@ -53,11 +53,18 @@ class Sparsify(KeepMasks):
             self.report = self._prune(args, checkpoint.unwrap(model), events)
         try:
             super().on_train_begin(args, state, control, model, **events)
-            _mask_adapters(model)
         except HfSparseError:
             if state.global_step:  # the model is not what the report says
                 checkpoint.detach(checkpoint.unwrap(model))
             raise
+
+    def _look_at_adapters(self, model: nn.Module) -> None:
+        configs = getattr(model, "peft_config", None) or {}
+        if any(getattr(config.peft_type, "value", config.peft_type) == "LORA" for config in configs.values()):
+            from hf_sparse.adapters import mask_lora_  # peft takes seconds to import
+
+            if stake(model):
+                mask_lora_(model)
 
     def _prune(self, args: TrainingArguments, model: nn.Module, events: dict[str, Any]) -> Report:
         sharded = any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters())
@@ -119,13 +126,3 @@ def _as_loaded(model: nn.Module) -> Iterator[None]:
     finally:
         if wrapper is not None:
             model.forward = wrapper
-
-
-def _mask_adapters(model: nn.Module) -> None:
-    configs = getattr(model, "peft_config", None) or {}
-    if any(getattr(config.peft_type, "value", config.peft_type) == "LORA" for config in configs.values()):
-        from hf_sparse.adapters import mask_lora_  # peft takes seconds to import
-        from hf_sparse.adapters.adapted import zeros_at_stake
-
-        if zeros_at_stake(model, None):
-            mask_lora_(model)

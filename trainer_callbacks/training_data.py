@@ -28,19 +28,41 @@ def training_samples(model: nn.Module, loader: Any, config: SparsityConfig) -> T
     Process 0 reads them for all, as streams and random collators would give each process others. The random state is
     left as it was; a stream is iterated from its beginning, once more than training does.
 
-    Raises: CalibrationError where the data are empty, or a batch is no mapping.
+    Raises: CalibrationError where the data are empty, or a batch is no mapping; on the other processes also for whatever
+    kept process 0 from reading.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rows: list[Sample] = []
-    if not distributed or torch.distributed.get_rank() == 0:
-        with _seeded(config.seed, loader.collate_fn):
-            rows = [_inputs(model, loader.collate_fn([item])) for item in _items(loader, config)]
-    rows = broadcast_object_list([rows])[0] if distributed else rows
+    rows = _read_for_all(model, loader, config) if distributed else _read(model, loader, config)
     if not rows:
         raise CalibrationError(
             "the training data are empty, so there is nothing to calibrate on; give calibration=... in the config."
         )
     return TrainingSamples(rows)
+
+
+def _read(model: nn.Module, loader: Any, config: SparsityConfig) -> list[Sample]:
+    with _seeded(config.seed, loader.collate_fn):
+        return [_inputs(model, loader.collate_fn([item])) for item in _items(loader, config)]
+
+
+def _read_for_all(model: nn.Module, loader: Any, config: SparsityConfig) -> list[Sample]:
+    """What process 0 reads; where it cannot, all processes raise, as those that were left to wait would wait for ever."""
+    rows: list[Sample] = []
+    error: Exception | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            rows = _read(model, loader, config)
+        except Exception as caught:  # of a data set or collator, so of any kind
+            error = caught
+    rows, told = broadcast_object_list([rows, f"{type(error).__name__}: {error}" if error else None])
+    if error is not None:
+        raise error
+    if told is not None:
+        raise CalibrationError(
+            f"process 0 could not read the training data to calibrate on: {told}. Mend the data or the collator, or give "
+            "calibration=... in the config."
+        )
+    return rows
 
 
 @contextmanager
