@@ -132,13 +132,10 @@ class Report:
             "block_sparsity": self.block_sparsity,
         }
 
-    def add_recovery(self, recovery: Recovery, in_place_of: Recovery | None = None) -> None:
-        """Tell of a training, or renew what was told of it earlier.
-
-        Where steps were added, the figures evaluated so far are those of the model before it, and are set aside as such.
-        """
-        self.recoveries = [one for one in self.recoveries if one is not in_place_of] + [recovery]
-        if recovery.steps != (in_place_of.steps if in_place_of else 0):
+    def add_recovery(self, recovery: Recovery) -> None:
+        """Tell of a training; where it made steps, the figures evaluated so far are those of the model before it, set aside as such."""
+        self.recoveries.append(recovery)
+        if recovery.steps:
             self.evaluations = [set_aside(values) for values in self.evaluations]
 
     def add_evaluation(self, values: Mapping[str, Any]) -> None:

@@ -154,18 +154,13 @@ def test_training_makes_earlier_figures_those_before_it() -> None:
     assert Report.from_dict(given.to_dict()) == given
 
 
-def test_what_was_told_of_a_training_is_renewed() -> None:
-    other, begun = make_recovery(steps=5), make_recovery(steps=0)
-    given = report(evaluations=[dict(EVALUATED)], recoveries=[other])
-    given.add_recovery(begun)
-    assert given.evaluations == [EVALUATED]  # no step was made yet
-    given.add_recovery(later := make_recovery(steps=10), in_place_of=begun)
-    assert given.recoveries == [other, later]
+def test_a_training_without_a_step_leaves_the_figures() -> None:
+    given = report(evaluations=[dict(EVALUATED)], recoveries=[make_recovery(steps=5)])
+    given.add_recovery(make_recovery(steps=0))
+    assert given.evaluations == [EVALUATED]
+    given.add_recovery(make_recovery(steps=10))
+    assert [one.steps for one in given.recoveries] == [5, 0, 10]
     assert given.evaluations == [{**EVALUATED, "sparse": None, "before_recovery": 3.0}]
-    given.add_evaluation({**EVALUATED, "sparse": 2.0})
-    given.add_recovery(closed := make_recovery(steps=10, seconds=80.0), in_place_of=later)
-    assert given.recoveries == [other, closed]
-    assert given.evaluations == [{**EVALUATED, "sparse": 2.0, "before_recovery": 3.0}]  # nor since that figure
 
 
 @pytest.mark.parametrize(
