@@ -1,6 +1,8 @@
 """Set-up that has to happen before anything heavy is imported, and the fixtures that all tests share."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported; no test may depend on a network
@@ -35,3 +37,18 @@ def test_data() -> Path:
         if (folder / "models").is_dir():
             return folder
     pytest.skip("no test data: set HF_SPARSE_TEST_DATA to its folder, or put it into `shared` beside the checkout")
+
+
+@pytest.fixture(scope="module")
+def little_garbage() -> Iterator[None]:
+    """A Trainer collects garbage over all imported modules whenever it trains; they are none."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card of a checkpoint has a picture, which takes longer than the training."""
+    monkeypatch.setattr("hf_sparse.hooks.find_spec", lambda name: None)

@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -47,6 +49,11 @@ def phi3() -> Phi3ForCausalLM:
         max_position_embeddings=64, pad_token_id=0,
     )  # fmt: skip
     return Phi3ForCausalLM(config).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
 
 
 def bert() -> BertForMaskedLM:

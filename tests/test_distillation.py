@@ -4,7 +4,7 @@ import copy
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import bert, llama, mixtral, t5, token_rows
+from models import bert, gpt2, llama, mixtral, t5, token_rows
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -22,8 +22,6 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaForCausalLM,
     Trainer,
     TrainerCallback,
@@ -49,19 +47,7 @@ CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage() -> Iterator[None]:
-    """A Trainer collects garbage over all imported modules whenever it trains; they are none."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_sparse.hooks.find_spec", lambda name: None)
+pytestmark = pytest.mark.usefixtures("little_garbage", "no_pictures")
 
 
 # ------------------------------------------------------------------------------------------------ models and batches
@@ -75,11 +61,6 @@ def other(model: Any) -> Any:
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return made
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
 
 
 def bert_for(kind: Any, labels: int) -> Any:

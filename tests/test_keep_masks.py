@@ -1,22 +1,19 @@
 """KeepMasks in a Trainer: what is zero when training begins is +0.0 behind every step, at every evaluation and in every checkpoint."""
 
 import dataclasses
-import gc
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import bert, llama, mixtral, phi3, t5, token_rows
+from models import bert, gpt2, llama, mixtral, phi3, t5, token_rows
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -37,25 +34,7 @@ CHECKPOINTING = (
 )
 ROWS = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in token_rows(12)]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage() -> Iterator[None]:
-    """A Trainer collects garbage over all imported modules whenever it trains; they are none."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The card of a checkpoint has a picture, which takes longer than the training."""
-    monkeypatch.setattr("hf_sparse.hooks.find_spec", lambda name: None)
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
+pytestmark = pytest.mark.usefixtures("little_garbage", "no_pictures")
 
 
 def pruned(make: Callable[..., Any] = llama, **changes: Any) -> Any:

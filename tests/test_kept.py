@@ -9,9 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from models import bert, llama, mixtral, phi3, t5, token_rows
+from models import bert, gpt2, llama, mixtral, phi3, t5, token_rows
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sparse import SparsityConfig, prune_, report
 from hf_sparse.checkpoint import CONFIG_KEY, attach_report, detach
@@ -22,11 +21,6 @@ from hf_sparse.sites import parameter_of, read, view, write_
 
 ROWS = token_rows()
 MAGNITUDE = SparsityConfig(metric="magnitude")
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
 
 
 def pruned(make: Callable[..., Any] = llama, config: SparsityConfig = MAGNITUDE, **changes: Any) -> Any:

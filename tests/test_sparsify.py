@@ -1,6 +1,5 @@
 """Sparsify: one callback from a dense model to a sparse one; it prunes as `prune_` would have before the training, once."""
 
-import gc
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -42,20 +41,7 @@ ROWS = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)
 LENGTHS = (5, 9, 7, 12, 6, 10, 8, 11, 9, 5, 12, 7)
 LISTS = [{"input_ids": token_rows(1, length, seed)[0].clamp(max=12).tolist()} for seed, length in enumerate(LENGTHS)]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage() -> Iterator[None]:
-    """A Trainer collects garbage over all imported modules whenever it trains; they are none."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The card of a checkpoint has a picture, which takes longer than the training."""
-    monkeypatch.setattr("hf_sparse.hooks.find_spec", lambda name: None)
+pytestmark = pytest.mark.usefixtures("little_garbage", "no_pictures")
 
 
 def classifier() -> LlamaForSequenceClassification:

@@ -12,10 +12,9 @@ import torch
 from accelerate import cpu_offload
 from hypothesis import given
 from hypothesis import strategies as st
-from models import bert, llama, mixtral, phi3, t5
+from models import bert, gpt2, llama, mixtral, phi3, t5
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sparse.errors import ModelError
 from hf_sparse.families import find_sites
@@ -25,11 +24,6 @@ from hf_sparse.stored import bits, member_mask, over_processes, stored_parameter
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SPECIAL = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1e-45, 1.5, -2.0]
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
 
 
 def as_bits(values: torch.Tensor) -> torch.Tensor:

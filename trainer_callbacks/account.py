@@ -11,6 +11,7 @@ from transformers import TrainerState, TrainingArguments
 from hf_sparse import checkpoint, environment
 from hf_sparse.recovery import Recovery
 from hf_sparse.stored import over_processes, stored_parameters, zeros_and_size
+from trainer_callbacks.training_data import as_given
 
 if TYPE_CHECKING:
     from trainer_callbacks.base import SparsityCallback
@@ -208,7 +209,7 @@ def _facts(args: TrainingArguments, events: dict[str, Any]) -> dict[str, Any]:
 
 def describe(dataset: Any) -> tuple[str, str | None]:
     """What to call a data set, and its fingerprint where it has one."""
-    dataset = getattr(dataset, "dataset", dataset) if type(dataset).__name__ == "IterableDatasetShard" else dataset
+    dataset = as_given(dataset)
     parts = [
         getattr(getattr(dataset, "info", None), "dataset_name", None),
         getattr(dataset, "config_name", None),

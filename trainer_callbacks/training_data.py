@@ -88,10 +88,13 @@ def _seeded(seed: int, collator: Any) -> Iterator[None]:
                 collator.generator = own
 
 
+def as_given(dataset: Any) -> Any:
+    """A data set as the Trainer was given it, without the wrapper that gives this process its part of a stream."""
+    return dataset.dataset if type(dataset).__name__ == "IterableDatasetShard" else dataset
+
+
 def _items(loader: Any, config: SparsityConfig) -> Iterator[Any]:
-    data = loader.dataset
-    if type(data).__name__ == "IterableDatasetShard":  # the Trainer's wrapper, which gives this process its part
-        data = data.dataset
+    data = as_given(loader.dataset)
     if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
         return islice(iter(data), config.num_samples)
     number = min(config.num_samples, len(data))

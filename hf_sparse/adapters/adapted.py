@@ -75,7 +75,7 @@ def check_names(model: nn.Module, names: str | Iterable[str] | None) -> list[str
 
     Raises: ModelError for a model without adapters, ConfigError for an adapter that it does not have.
     """
-    known = getattr(_with_config(model), "peft_config", None)
+    known = getattr(peft_part(model), "peft_config", None)
     if not known:
         raise ModelError(
             f"the {type(model).__name__} has no adapters; attach one with peft.get_peft_model(model, config) or load one with "
@@ -90,7 +90,7 @@ def check_names(model: nn.Module, names: str | Iterable[str] | None) -> list[str
     return given
 
 
-def _with_config(model: Any) -> Any:
+def peft_part(model: Any) -> Any:
     """The part of a wrapped model that PEFT knows the adapters by."""
     while not getattr(model, "peft_config", None):
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
@@ -98,9 +98,6 @@ def _with_config(model: Any) -> Any:
             return model
         model = inner
     return model
-
-
-peft_part = _with_config
 
 
 def zeros_at_stake(model: nn.Module, names: list[str] | None) -> int:

@@ -7,15 +7,14 @@ from typing import Any
 from hf_sparse import embedded
 from hf_sparse.errors import ConfigError
 
+_DEVICE = "accelerator to compute on, such as cuda:0; the model stays on the CPU while it is pruned"
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
+
+def add_loading(parser: argparse.ArgumentParser, device: str = _DEVICE) -> None:
+    """Add the options; `device` is what the command says of its `--device`."""
     group = parser.add_argument_group("loading")
     group.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto (as saved; the default)")
-    group.add_argument(
-        "--device",
-        default=None,
-        help="accelerator to compute on, such as cuda:0; the model stays on the CPU while it is pruned",
-    )
+    group.add_argument("--device", default=None, help=device)
     group.add_argument("--revision", default=None, help="branch, tag or commit on the Hub")
     group.add_argument("--token", default=None, help="access token for the Hub")
     group.add_argument("--cache-dir", default=None, help="where files from the Hub are kept")

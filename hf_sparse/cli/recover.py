@@ -83,14 +83,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     measure.add_argument("--window", type=int, default=None, help="tokens a window (default 512)")
     measure.add_argument("--max-windows", type=int, default=None, help="use only the first windows of the text")
-    add_loading(parser)
-    where = parser.add_argument_group(
-        "computing", conflict_handler="resolve"
-    )  # in the place of what is said of pruning
-    where.add_argument(
-        "--device",
-        default=None,
-        help="cpu, or the first visible accelerator, such as cuda, to train and measure on (default: the latter where there is one)",
+    add_loading(
+        parser,
+        device="cpu, or the first visible accelerator, such as cuda, to train and measure on (default: the latter where there is one)",
     )
 
 
