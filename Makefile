@@ -59,11 +59,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[tests,plots,integrations]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[tests,plots,integrations,evaluation]'
 	touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[tests,plots,integrations,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[tests,plots,integrations,evaluation,dev]'
 	touch $@
 
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt

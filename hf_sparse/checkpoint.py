@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from hf_sparse.blocks import Block
-from hf_sparse.config import SparsityConfig
+from hf_sparse.claim import FORMAT, Claim
 from hf_sparse.errors import CheckpointError, HfSparseError, ModelError
 from hf_sparse.families import Inventory, find_sites
 from hf_sparse.plan import select
+from hf_sparse.recovery import writable
 from hf_sparse.report import Report
 from hf_sparse.sites import Site, count_zeros, plain_name, read, view
 
 CONFIG_KEY = "hf_sparse"
-FORMAT = 1
 _REPORT = "_hf_sparse_report"
 
 
@@ -84,23 +84,27 @@ def _targeted(model: nn.Module) -> Iterator[tuple[Block, list[Site]]]:
 
 def _claimed_names(model: nn.Module, inventory: Inventory) -> set[str]:
     """The sites that the config in the claim targets; none where the claim cannot be used."""
+    claimed = claim_of(model)
     try:
-        chosen, _ = select(inventory, SparsityConfig.from_dict(_claim(model).get("config", {})))
-    except (HfSparseError, TypeError):
+        chosen, _ = select(inventory, claimed.sparsity_config()) if claimed else ({}, {})
+    except HfSparseError:
         return set()
     return {site.name for sites in chosen.values() for site in sites}
 
 
-def _claim(model: nn.Module) -> dict[str, Any]:
-    claim = getattr(getattr(unwrap(model), "config", None), CONFIG_KEY, None)
-    return claim if isinstance(claim, dict) else {}
+def claim_of(model: nn.Module) -> Claim | None:
+    """What the config of a model claims; None where it claims nothing.
+
+    Raises: CheckpointError for a claim that is none, as it may come from anyone.
+    """
+    values = getattr(getattr(unwrap(model), "config", None), CONFIG_KEY, None)
+    return None if values is None else Claim.parse(values)
 
 
 def promised_zeros(model: nn.Module) -> int | None:
     """How many zeros the config of a model claims, as of the last count; None where it claims none."""
-    totals = _claim(model).get("totals")
-    zeros = totals.get("zeros") if isinstance(totals, dict) else None
-    return zeros if isinstance(zeros, int) else None
+    claimed = claim_of(model)
+    return None if claimed is None else claimed.zeros
 
 
 def masks(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -131,7 +135,7 @@ def is_sparse(model: nn.Module) -> bool:
     """Whether the weights say so: zeros in the sites that hf_sparse pruned, or a tenth of zeros where nothing is known."""
     counted = count(model).values()
     zeros, size = sum(zeros for zeros, _ in counted), sum(size for _, size in counted)
-    return zeros > 0 if _claim(model) or report(model) is not None else zeros >= 0.1 * max(1, size)
+    return zeros > 0 if claim_of(model) or report(model) is not None else zeros >= 0.1 * max(1, size)
 
 
 # ---------------------------------------------------------------------------------------------------- what a model carries
@@ -156,13 +160,16 @@ def attach(model: nn.Module, report: Report) -> None:
 
 def claim(report: Report) -> dict[str, Any]:
     """What config.json says under `hf_sparse`: the resolved config with every field, totals, data fingerprint."""
-    return {
-        "format": FORMAT,
-        "config": report.config,
-        "totals": report.totals(),
-        "calibration": {key: value for key, value in (report.calibration or {}).items() if key != "items"} or None,
-        "version": report.versions.get("hf_sparse", ""),
-    }
+    told: dict[str, Any] = writable(
+        {
+            "format": FORMAT,
+            "config": report.config,
+            "totals": report.totals(),
+            "calibration": {key: value for key, value in (report.calibration or {}).items() if key != "items"} or None,
+            "version": report.versions.get("hf_sparse", ""),
+        }
+    )
+    return told
 
 
 def detach(model: nn.Module) -> None:
@@ -178,7 +185,8 @@ def recounted(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = 
 
     Totals are left out where they cannot be counted: weights in shards, or a state dict without the sites' tensors.
     """
-    claim = {key: value for key, value in _claim(model).items() if key != "totals"}
+    claimed = claim_of(model)
+    claim = {key: value for key, value in claimed.to_dict().items() if key != "totals"} if claimed else {}
     if any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters()) and state_dict is None:
         return claim
     try:
@@ -187,7 +195,7 @@ def recounted(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = 
         return claim
     zeros, size = sum(zeros for zeros, _ in counted.values()), sum(size for _, size in counted.values())
     known = report(model)
-    all_matrices = sum(block.all_matrices for block in known.blocks) if known else size
+    all_matrices = max(size, sum(block.all_matrices for block in known.blocks) if known else 0)
     totals = {
         "zeros": zeros, "sites": len(counted), "sparsity": zeros / max(1, size), "block_sparsity": zeros / max(1, all_matrices),
     }  # fmt: skip
@@ -212,15 +220,16 @@ def write_side_files(model: nn.Module, folder: Path) -> None:
 
 
 def read_side_files(model: nn.Module, file: Path | None) -> None:
-    """Attach the report found beside the weights; a claim of a newer format is refused.
+    """Check what the config claims, and attach the report found beside the weights.
 
-    Raises: CheckpointError for a format that this version does not know or a report that is not one.
+    Raises: CheckpointError for a claim or a report that is none, or of a format that this version does not know.
     """
-    claim: Mapping[str, Any] = _claim(model)
-    version = claim.get("format")
-    if version != FORMAT:
-        raise CheckpointError(
-            f"config.json carries hf_sparse format {version!r}; this version reads {FORMAT}. Upgrade hf_sparse."
-        )
-    if file is not None:
+    claim_of(model)
+    if file is None:
+        return
+    try:
         attach_report(model, Report.load(file))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} Delete the file, or call hf_sparse.uninstall() before loading; the weights do not need it."
+        ) from error

@@ -3,9 +3,14 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from hf_sparse.text import without_secrets
+
 
 class HfSparseError(ValueError):
-    """Base of all: the input cannot be used as given, and the message says what to do."""
+    """Base of all: the input cannot be used as given, and the message says what to do. Tokens in it are hidden."""
+
+    def __init__(self, *details: object) -> None:
+        super().__init__(*(without_secrets(detail) if isinstance(detail, str) else detail for detail in details))
 
 
 class ConfigError(HfSparseError):
@@ -22,6 +27,10 @@ class CalibrationError(HfSparseError):
 
 class CheckpointError(HfSparseError):
     """Raised when files on disk cannot be read as a sparse model or must not be overwritten."""
+
+
+class HubError(CheckpointError):
+    """Raised when a repository on the Hub cannot be looked at or changed: absent, private, offline, no answer."""
 
 
 class PruningInterrupted(HfSparseError):

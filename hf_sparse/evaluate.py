@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from hf_sparse import environment
 from hf_sparse.calibrate import forward, limits_of, ready, tokenizer_of
 from hf_sparse.checkpoint import report, unwrap
 from hf_sparse.config.serialise import whole
@@ -31,9 +32,35 @@ class Measurement:
     text: str  # where the data came from
     fingerprint: str
     seconds: float
+    dtype: str = ""  # of the model while it was measured, such as "bfloat16"
+    max_windows: int | None = None  # None: all windows that the text gives
+    seed: int | None = None  # of the masked positions; None where the figure depends on none
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def as_evaluation(
+    sparse: Measurement, dense: Measurement | None = None, before_recovery: Measurement | None = None
+) -> dict[str, Any]:
+    """Measurements of one text as a report keeps them: the fields of model_cards.Evaluation."""
+    told = {name: value for name, value in sparse.to_dict().items() if name not in ("value", "seconds")}
+    return {
+        "dense": dense.value if dense else None, "sparse": sparse.value,
+        "before_recovery": before_recovery.value if before_recovery else None, **told, "versions": versions_in_words(),
+    }  # fmt: skip
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Number format of a model's weights, "" where it has none."""
+    found = getattr(model, "dtype", None) or next((weight.dtype for weight in model.parameters()), "")
+    return str(found).removeprefix("torch.")
+
+
+def versions_in_words() -> str:
+    """The libraries that a figure depends on: "torch 2.13.0, transformers 5.23.0"."""
+    installed = environment.versions()
+    return ", ".join(f"{name} {installed[name]}" for name in ("torch", "transformers"))
 
 
 def evaluate(
@@ -87,7 +114,8 @@ def evaluate(
     used = lengths.pop() if kind != "loss" and len(lengths) == 1 else None
     return Measurement(
         kind, figure, tokens, used, (stride or used) if kind == "perplexity" else None, samples.source,
-        fingerprint(rows), time.monotonic() - start,
+        fingerprint(rows), time.monotonic() - start, dtype=dtype_of(unwrap(model)),
+        max_windows=max_windows if len(rows) < len(samples.rows) else None, seed=seed if kind == "masked loss" else None,
     )  # fmt: skip
 
 

@@ -4,27 +4,30 @@ import functools
 import inspect
 import sys
 import threading
-import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.utils import cached_file
+from transformers.utils import PushToHubMixin
 
-from hf_sparse import checkpoint, peft_hook
+from hf_sparse import arrival, checkpoint, peft_hook, publish, trainer_hook
+from hf_sparse.arrival import damage_told, find, hub_arguments
 from hf_sparse.config import SparsityConfig
-from hf_sparse.errors import ConfigError, HfSparseError
+from hf_sparse.errors import ConfigError
 from hf_sparse.prune import prune_
-from hf_sparse.replace import old_weights_aside
+from hf_sparse.replace import old_weights_aside, write_whole
 from hf_sparse.report import FILE_NAME as REPORT_FILE
+from hf_sparse.report import PICTURE_FILE
+from hf_sparse.side_files import describe
 
-PICTURE_FILE = "hf_sparse_report.png"
 _LOCK = threading.Lock()
 _FROM_AUTO = "_hf_sparse_config"  # how our two wrappers pass the config on
 _enabled = False
+# The README of a folder that `save_pretrained(push_to_hub=True)` saves into, as it was before; None outside of such saves.
+_readme_before: ContextVar[str | None] = ContextVar("hf_sparse_readme_before", default=None)
 # Arguments of from_pretrained that the tokenizer beside the model needs as well.
 _SHARED = (
     "revision",
@@ -56,7 +59,7 @@ def _refuse_quantized(path: Any, kwargs: dict[str, Any]) -> None:
         values = (
             config.to_dict()
             if config is not None
-            else PreTrainedConfig.get_config_dict(path, **_hub_arguments(kwargs))[0]
+            else PreTrainedConfig.get_config_dict(path, **hub_arguments(kwargs))[0]
         )
     except (OSError, ValueError, TypeError):
         return  # the original says what is wrong with the path
@@ -65,19 +68,6 @@ def _refuse_quantized(path: Any, kwargs: dict[str, Any]) -> None:
             f"{str(path)!r} is quantized, and quantized weights cannot be pruned: prune the model that it was made from, save, "
             "then quantize."
         )
-
-
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-
-
-def _report_file(path: Any, kwargs: dict[str, Any]) -> Path | None:
-    found = cached_file(
-        str(path), REPORT_FILE, **_hub_arguments(kwargs),
-        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
-    return Path(found) if found else None
 
 
 def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,11 +80,15 @@ def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         config = None if wanted is None else _checked(wanted, kwargs)
         if config is not None:
             _refuse_quantized(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
-        result = original(cls, *args, **kwargs)
-        model = result[0] if isinstance(result, tuple) else result
         path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        if path is not None and isinstance(getattr(getattr(model, "config", None), checkpoint.CONFIG_KEY, None), dict):
-            checkpoint.read_side_files(model, _report_file(path, kwargs))
+        with damage_told(path, kwargs):
+            result = original(cls, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        if path is not None and getattr(getattr(model, "config", None), checkpoint.CONFIG_KEY, None) is not None:
+            commit = getattr(model.config, "_commit_hash", None)
+            report = find(path, REPORT_FILE, kwargs, commit)
+            arrival.check(path, kwargs, commit)
+            checkpoint.read_side_files(model, report)
         if config is not None:
             prune_(
                 model,
@@ -113,7 +107,10 @@ def _wrap_auto(original: Callable[..., Any]) -> Callable[..., Any]:
             # Auto classes deep-copy their arguments; a SparsityConfig shares its calibration data, a dict would not. And they
             # offer each argument to the model's config first, which takes what has the name of one of its own keys.
             kwargs[_FROM_AUTO] = _checked(kwargs.pop("sparsity_config"), kwargs)
-        return original(cls, *args, **kwargs)
+        if not _enabled:
+            return original(cls, *args, **kwargs)
+        with damage_told(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs):
+            return original(cls, *args, **kwargs)
 
     return from_pretrained
 
@@ -136,36 +133,73 @@ def _wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         setattr(self.config, checkpoint.CONFIG_KEY, checkpoint.recounted(self, given.arguments["state_dict"]))
         folder.mkdir(parents=True, exist_ok=True)
-        # The new config.json is written first; beside old weights it would make a model that lies if the save broke off.
-        with old_weights_aside(folder, given.arguments["variant"]):
-            checkpoint.write_side_files(self, folder)
-            _write_card(self, folder)
-            return original(self, *args, **kwargs)
+        pushes = given.arguments["push_to_hub"]
+        token = _readme_before.set(_read_readme(folder) if pushes else None)
+        try:
+            # The new config.json is written first; beside old weights it would make a model that lies if the save broke off.
+            with old_weights_aside(folder, given.arguments["variant"], (REPORT_FILE, PICTURE_FILE)):
+                result = original(self, *args, **kwargs)
+        finally:
+            _readme_before.reset(token)
+        if not pushes:
+            describe(self, folder)
+        return result
 
     return save_pretrained
 
 
 def _saves_weights(model: Any) -> bool:
     """Whether a save writes the sparse model itself, not only an adapter on it."""
-    claims = isinstance(getattr(model.config, checkpoint.CONFIG_KEY, None), dict)
+    claims = getattr(model.config, checkpoint.CONFIG_KEY, None) is not None
     return claims and not getattr(model, "_hf_peft_config_loaded", False)
 
 
-def _write_card(model: Any, folder: Path) -> None:
-    # A user's own folder of that name must not break the import of hf_sparse, so this one waits until it is needed.
-    from model_cards import SparseModelCard, write_card
+def _wrap_upload(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The last step of every `push_to_hub` in Transformers and PEFT, which uploads what has just been saved."""
+    signature = inspect.signature(original)
 
-    report = checkpoint.report(model)
-    if report is None:
-        return
+    @functools.wraps(original)
+    def _upload_modified_files(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = publish.sparse_model(self) if _enabled else None
+        if model is None:
+            return original(self, *args, **kwargs)
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        folder, before = Path(given["working_dir"]), given["files_timestamps"]
+        in_users_folder = _readme_before.get()
+        if in_users_folder is not None:
+            # Transformers has put the repository's README in the place of the user's.
+            _put_readme(folder, in_users_folder)
+            describe(model, folder)
+        kind = type(self).__name__
+        return publish.push(
+            self, folder, _modified(folder, before), given["repo_id"], local=in_users_folder,
+            message=given.get("commit_message") or ("Upload model" if "Model" in kind else f"Upload {kind}"),
+            description=given.get("commit_description"), token=given.get("token"), revision=given.get("revision"),
+            create_pr=bool(given.get("create_pr")),
+        )  # fmt: skip
+
+    return _upload_modified_files
+
+
+def _modified(folder: Path, before: dict[str, float]) -> list[str]:
+    """The files of a folder, and of its folders, that are new or newer than they were."""
+    changed = [path for path in folder.iterdir() if path.name not in before or path.stat().st_mtime > before[path.name]]
+    found = [inner for path in changed for inner in ([path] if path.is_file() else path.iterdir())]
+    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+
+
+def _read_readme(folder: Path) -> str:
     try:
-        picture = None
-        if find_spec("matplotlib") is not None:  # plots are an extra; the card says what there is
-            picture = report.plot(folder / PICTURE_FILE).name
-        write_card(folder, SparseModelCard.of_model(model, report, plot_name=picture))
-    except (HfSparseError, LookupError, ValueError, TypeError, OverflowError, OSError) as error:
-        # The weights must not be lost for the sake of a card, which a damaged report can spoil.
-        warnings.warn(f"the model card was not written: {error}", stacklevel=4)
+        return (folder / "README.md").read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _put_readme(folder: Path, text: str) -> None:
+    if text:
+        write_whole(folder / "README.md", text.encode("utf-8"))
+    else:
+        (folder / "README.md").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- in and out
@@ -181,6 +215,7 @@ def _targets() -> list[tuple[type, str, Wrap]]:
     return [
         (PreTrainedModel, "from_pretrained", _wrap_from_pretrained),
         (PreTrainedModel, "save_pretrained", _wrap_save_pretrained),
+        (PushToHubMixin, "_upload_modified_files", _wrap_upload),
         *((auto, "from_pretrained", _wrap_auto) for auto in autos if "from_pretrained" in auto.__dict__),
     ]
 
@@ -202,7 +237,9 @@ def install() -> None:
                 _installed[owner, name] = (original, ours)
                 setattr(owner, name, ours)
         _enabled = True
+    arrival.install()
     peft_hook.install()
+    trainer_hook.install()
     if (callbacks := _callbacks()) is not None:
         callbacks.install()
 
@@ -219,7 +256,9 @@ def uninstall() -> None:
                 setattr(owner, name, original)
                 del _installed[owner, name]
         _enabled = False
+    arrival.uninstall()
     peft_hook.uninstall()
+    trainer_hook.uninstall()
     if (callbacks := _callbacks()) is not None:
         callbacks.uninstall()
 

@@ -2,17 +2,15 @@
 
 import functools
 import inspect
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from hf_sparse.after_import import forget, when_imported
 from hf_sparse.errors import HfSparseError
 
 _MODULE = "peft.tuners.tuners_utils"
@@ -37,11 +35,7 @@ def install() -> None:
     global _enabled
     with _LOCK:
         _enabled = True
-        module = sys.modules.get(_MODULE)
-        if module is not None:
-            _wrap_tuner(module)
-        elif _finder not in sys.meta_path:
-            sys.meta_path.insert(0, _finder)
+    when_imported(_MODULE, _wrap_tuner)
 
 
 def uninstall() -> None:
@@ -49,8 +43,7 @@ def uninstall() -> None:
     global _enabled, _installed
     with _LOCK:
         _enabled = False
-        if _finder in sys.meta_path:
-            sys.meta_path.remove(_finder)
+        forget(_MODULE)
         if _installed is not None:
             tuner, original, ours = _installed
             if tuner.__dict__.get("merge_and_unload") is ours:
@@ -95,38 +88,3 @@ def _warn(model: Any, names: list[str] | None) -> None:
             "one that loses none.",
             stacklevel=3,
         )
-
-
-class _AfterImport(MetaPathFinder):
-    """Finds the module as all others would, and wraps the tuner as soon as the module has run."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != _MODULE:
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
-        if spec is not None and spec.loader is not None:
-            self._follow(spec.loader)
-        return spec
-
-    def _follow(self, loader: Any) -> None:
-        original = loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            original(module)
-            del loader.exec_module
-            with _LOCK:
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
-                if _enabled:
-                    _wrap_tuner(module)
-
-        with suppress(
-            AttributeError
-        ):  # a loader that takes no attributes: no import may fail for the sake of a warning
-            loader.exec_module = exec_module
-
-
-_finder = _AfterImport()

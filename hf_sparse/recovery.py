@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from hf_sparse.errors import CheckpointError
+from hf_sparse.schema import LARGEST_NUMBER
+from hf_sparse.text import one_line, shown, without_secrets
 
 _DEEPEST = 16  # lists and mappings inside each other; far deeper ones could be read, but no longer be written
-_LARGEST = 1e300  # beyond it sums and products overflow
+_LONGEST_LINE = 2000
 
 
 @dataclass(kw_only=True)
@@ -80,10 +81,11 @@ class Recovery:
     def __str__(self) -> str:
         rate = "not told" if self.learning_rate is None else f"{self.learning_rate:g}"
         figures = f"{_figure(self.before)} -> {_figure(self.after)}"
-        return _line(
+        return one_line(
             f"recovery: {self.method} on {self.data}, {self.steps} steps, {self.tokens} tokens, learning rate {rate} "
             f"({self.schedule}), {self.loss}; {self.metric or 'metric'} {figures}; zeros {self.zeros_before} -> "
-            f"{self.zeros_after} of {self.size}, {self.zeros_lost} lost; {self.seconds:.1f} s"
+            f"{self.zeros_after} of {self.size}, {self.zeros_lost} lost; {self.seconds:.1f} s",
+            _LONGEST_LINE,
         )
 
 
@@ -99,17 +101,12 @@ def _figure(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
 
 
-def _line(text: str) -> str:
-    """One line that a terminal can show: what comes from a file may hold line ends and escape sequences."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-
-
 def _plain(value: Any, depth: int = _DEEPEST) -> Any:
     if isinstance(value, Mapping) and depth:
         return {str(key): _plain(item, depth - 1) for key, item in value.items()}
     if isinstance(value, list | tuple) and depth:
         return [_plain(item, depth - 1) for item in value]
-    if isinstance(value, float) and not abs(value) < _LARGEST:
+    if isinstance(value, float) and not abs(value) < LARGEST_NUMBER:
         return None
     return value if _is_plain(value, depth) else str(value)
 
@@ -122,6 +119,8 @@ def fits(value: Any, hint: Any) -> bool:
     kind, inner = get_origin(hint), get_args(hint)
     if kind is UnionType:
         return any(fits(value, one) for one in inner)
+    if kind is list and inner == (int,) and isinstance(value, list) and set(map(type, value)) == {int}:
+        return fits(min(value), int) and fits(max(value), int)  # millions, where channels were reordered
     if kind is list:
         return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
     if kind is tuple:
@@ -136,7 +135,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < _LARGEST
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < LARGEST_NUMBER
 
 
 def _is_plain(value: object, depth: int) -> bool:
@@ -148,18 +147,12 @@ def _is_plain(value: object, depth: int) -> bool:
     return value is None or isinstance(value, bool | str) or _is_number(value)
 
 
-def shown(value: object) -> str:
-    """A short picture of a value that was refused, whatever its size and depth."""
-    try:
-        return f"{reprlib.repr(value):.80}"
-    except ValueError:  # Python does not print numbers of thousands of digits
-        return f"a huge {type(value).__name__}"
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN; a figure that is not finite becomes null, which reads as not measured."""
+def writable(value: Any) -> Any:
+    """Plain data as files may hold them: what is not finite becomes null, which reads as not measured, and secrets go."""
+    if isinstance(value, str):
+        return without_secrets(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: writable(item) for key, item in value.items()}
+    return [writable(item) for item in value] if isinstance(value, list | tuple) else value

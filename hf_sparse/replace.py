@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,8 +35,10 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def old_weights_aside(folder: Path, variant: str | None) -> Iterator[None]:
-    """Inside, the weights and the config of an older save stand under other names; they come back if the block fails.
+def old_weights_aside(folder: Path, variant: str | None, also: Collection[str] = ()) -> Iterator[None]:
+    """Inside, the weights and the config of an older save, and the files named in `also`, stand under other names.
+
+    They come back if the block fails.
 
     With several processes nothing is moved, as another one may be writing already.
     """
@@ -44,14 +46,18 @@ def old_weights_aside(folder: Path, variant: str | None) -> Iterator[None]:
     if distributed and torch.distributed.get_world_size() > 1:
         yield
         return
-    moved = [file for file in folder.iterdir() if file.is_file() and _written(file.name, variant)]
+
+    def is_old(file: Path) -> bool:
+        return file.is_file() and (file.name in also or _written(file.name, variant))
+
+    moved = [file for file in folder.iterdir() if is_old(file)]
     for file in moved:
         file.rename(folder / (_ASIDE + file.name))
     try:
         yield
     except BaseException:
         for file in folder.iterdir():
-            if file.is_file() and _written(file.name, variant):
+            if is_old(file):
                 file.unlink()
         for file in moved:
             (folder / (_ASIDE + file.name)).rename(file)

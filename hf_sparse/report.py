@@ -7,21 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
-from hf_sparse.errors import CheckpointError, ConfigError, HfSparseError
+from hf_sparse import hashes
+from hf_sparse.errors import CheckpointError, ConfigError
 from hf_sparse.patterns import Pattern
-from hf_sparse.recovery import Recovery, finite, fits, set_aside, shown
+from hf_sparse.recovery import Recovery, fits, set_aside, writable
+from hf_sparse.schema import check_plain, read_json
+from hf_sparse.text import one_line, shown
 
 FILE_NAME = "hf_sparse_report.json"
+PICTURE_FILE = "hf_sparse_report.png"
 FORMAT = 1
+_LONGEST_LINE = 2000
 _LARGEST_FILE = 256 * 2**20
-_SAME = (
-    "metric",
-    "window",
-    "stride",
-    "text",
-    "fingerprint",
-    "tokens",
-)  # in these, two figures are of the same measurement
+# Orders of channels are most of it: 3 million numbers for 70 billion dense weights, ten times as many for hundreds of experts.
+_MOST = {"depth": 24, "items": 2**25, "text": 2**20}
+# In these, two figures are of the same measurement.
+_SAME = ("metric", "window", "stride", "text", "fingerprint", "tokens", "task", "filter", "few_shot", "limit")
 _CALIBRATION = ("source", "samples", "tokens", "batch_size", "fingerprint")
 
 
@@ -97,6 +98,7 @@ class Report:
         default_factory=dict
     )  # the same names -> "tensor[:, 0:64]", as numpy writes it
     recoveries: list[Recovery] = field(default_factory=list)  # trainings since the pruning, in order
+    files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of the files of the last save
     format: int = FORMAT
 
     @property
@@ -147,29 +149,34 @@ class Report:
         self.evaluations.append(dict(values))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` takes back and JSON can hold: a figure that is not finite becomes None."""
+        """Plain data that `from_dict` takes back and JSON can hold: no secrets, and None for a figure that is not finite."""
         rest = dataclasses.asdict(dataclasses.replace(self, recoveries=[]))
         recoveries = [recovery.to_dict() for recovery in self.recoveries]
-        plain: dict[str, Any] = finite({**rest, "recoveries": recoveries, "totals": self.totals()})
+        plain: dict[str, Any] = writable({**rest, "recoveries": recoveries, "totals": self.totals()})
         return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read back what `to_dict` gave; raises CheckpointError for anything else."""
+        """Read back what `to_dict` gave, up to 2**25 values, 24 deep, in words of up to 2**20 letters.
+
+        Raises: CheckpointError for anything else, as the data may come from anyone.
+        """
+        what = "this is no report of hf_sparse"
+        check_plain(values, what, **_MOST)
         try:
             known = {item.name for item in dataclasses.fields(cls)}
             plain = {key: value for key, value in values.items() if key in known}
             if plain.get("format", FORMAT) != FORMAT:
                 raise CheckpointError(
-                    f"the report has format {plain['format']!r}, this hf_sparse reads {FORMAT}; upgrade hf_sparse."
+                    f"the report has format {shown(plain['format'])}, this hf_sparse reads {FORMAT}; upgrade hf_sparse."
                 )
             recoveries = _recoveries(plain.get("recoveries", []))
             blocks = [_block(block) for block in plain["blocks"]]
             report = cls(**{**plain, "blocks": blocks, "recoveries": recoveries})
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"this is no report of hf_sparse ({type(error).__name__}: {error}).") from error
+            raise CheckpointError(f"{what} ({type(error).__name__}: {one_line(error)}).") from error
         for wrong in _misfits(report):
-            raise CheckpointError(f"this is no report of hf_sparse: {wrong}.")
+            raise CheckpointError(f"{what}: {one_line(wrong)}.")
         return report
 
     def save(self, folder: str | Path) -> Path:
@@ -183,16 +190,7 @@ class Report:
     def load(cls, path: str | Path) -> Self:
         """Read a report from its file or the folder that holds it; raises CheckpointError where that fails."""
         file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
-        try:
-            if file.stat().st_size > _LARGEST_FILE:
-                raise CheckpointError(f"{str(file)!r} is larger than {_LARGEST_FILE} bytes; that is no report.")
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"cannot read the report {str(file)!r}: {error.strerror}.") from error
-        except HfSparseError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{str(file)!r} is not valid JSON: {error}.") from error
+        values = read_json(file, _LARGEST_FILE, "the report")
         if not isinstance(values, dict):
             raise CheckpointError(f"{str(file)!r} holds no report.")
         return cls.from_dict(values)
@@ -227,6 +225,8 @@ def _misfits(part: "Report | BlockReport | SiteReport") -> Iterable[str]:
         value = getattr(part, name)
         if not fits(value, hint):
             yield f"{name} is {shown(value)}"
+        elif hint is int and value < 0:
+            yield f"{name} is {value}, which is less than 0"
         for inner in value if name in ("blocks", "sites") and isinstance(value, list) else ():
             yield from _misfits(inner)
     if isinstance(part, Report):
@@ -234,6 +234,8 @@ def _misfits(part: "Report | BlockReport | SiteReport") -> Iterable[str]:
         yield from (
             f"{name} has no {key}" for name, keys in needed.items() for key in keys if key not in getattr(part, name)
         )
+        if fits(part.files, dict[str, str]):
+            yield from (f"in files, {wrong}" for item in part.files.items() if (wrong := hashes.misfit(*item)))
 
 
 def percent(value: float | None) -> str:
@@ -244,7 +246,7 @@ def percent(value: float | None) -> str:
 def recipe_words(config: Mapping[str, Any]) -> str:
     """Pattern, metric and updates of a configuration: "2:4 wanda + dense_stream + admm"."""
     updates = config.get("update", "none")
-    named = [updates] if isinstance(updates, str) else [str(name) for name in updates or ()]
+    named = [str(name) for name in updates] if isinstance(updates, list | tuple) else [str(updates)]
     return " + ".join([f"{config['pattern']} {config['metric']}", *(name for name in named if name != "none")])
 
 
@@ -266,11 +268,11 @@ def _tensor_cores(report: Report) -> str:
 def _lines(report: Report) -> Iterable[str]:
     patterns = _counted(site.pattern for site in report.sites) or report.config["pattern"]
     yield (
-        f"{report.model_class}: {recipe_words({**report.config, 'pattern': patterns})}, "
+        f"{one_line(report.model_class)}: {one_line(recipe_words({**report.config, 'pattern': patterns}))}, "
         f"{len(report.sites)} sites in {len(report.pruned_blocks)} blocks, "
         f"{percent(report.sparsity)} zeros in the sites, {percent(report.block_sparsity)} in all block weights"
     )
-    width = max([len(block.name) for block in report.pruned_blocks], default=5)
+    width = max([len(one_line(block.name)) for block in report.pruned_blocks], default=5)
     mixed = len({site.pattern for site in report.sites}) > 1
     last = "pattern, axis, metric" if mixed else "axis, metric"
     yield f"{'block':<{width}}  {'sites':>5}  {'sparsity':>9}  {'output error':>12}  {'seconds':>8}  {last}"
@@ -279,17 +281,14 @@ def _lines(report: Report) -> Iterable[str]:
         how = f"{_counted(site.pattern for site in block.sites)}; {how}" if mixed else how
         error = "not measured" if block.output_error is None else f"{block.output_error:.4f}"
         counted = f"{len(block.sites):>5}  {percent(block.sparsity):>9}"
-        yield f"{block.name:<{width}}  {counted}  {error:>12}  {block.seconds:>8.2f}  {how}"
+        yield f"{one_line(block.name):<{width}}  {counted}  {error:>12}  {block.seconds:>8.2f}  {one_line(how)}"
     if mixed and report.config["pattern"] != "unstructured":
-        yield _tensor_cores(report)
+        yield one_line(_tensor_cores(report), _LONGEST_LINE)
     if report.calibration:
-        data = report.calibration
-        yield (
-            f"calibrated on {data['source']}: {data['samples']} samples, {data['tokens']} tokens, "
-            f"batches of {data['batch_size']}, fingerprint {data['fingerprint']}"
-        )
+        line = "calibrated on {source}: {samples} samples, {tokens} tokens, batches of {batch_size}, fingerprint {fingerprint}"
+        yield line.format(**{name: one_line(report.calibration[name]) for name in _CALIBRATION})
     peak = report.peak_memory_bytes
     memory = "" if peak is None else f", peak memory of the process {peak / 2**20:.0f} MiB"
     yield f"{report.seconds:.1f} s{memory}"
     yield from map(str, report.recoveries)
-    yield from (f"note: {note}" for note in report.notes)
+    yield from (f"note: {one_line(note, _LONGEST_LINE)}" for note in report.notes)

@@ -6,29 +6,22 @@ import shlex
 import unicodedata
 from typing import Any
 
-_LONGEST = 400
+from hf_sparse.text import one_line
+
 # Numeric entities stand for the letter alone, never for its meaning in Markdown. "$" and "\" start formulas on the Hub.
 _ACTIVE = re.compile(r"[&<>|`*\[\]\\~#!$@{}]|(?<!\w)_|_(?!\w)|^[-+=]|:(?=//)|(?<=www)\.", re.IGNORECASE)
 _PLAIN_CODE = re.compile(r"[\w .,:/+=@%^(){}\[\]#!?'\"*-]+")
 _ODD_IN_SHELL = re.compile(r"[^ -~]|[`<>]")
 
 
-def clean(text: object) -> str:
-    """One line of bounded length, without control, bidirectional or surrogate characters."""
-    letters = (" " if letter.isspace() else letter for letter in str(text))
-    shown = "".join("\ufffd" if unicodedata.category(letter)[0] == "C" else letter for letter in letters)
-    line = " ".join(shown.split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
-
-
 def plain(text: object) -> str:
     """Text that Markdown shows as it is."""
-    return _ACTIVE.sub(lambda match: f"&#{ord(match[0])};", clean(text))
+    return _ACTIVE.sub(lambda match: f"&#{ord(match[0])};", one_line(text))
 
 
 def code(text: object) -> str:
     """Text as inline code."""
-    line = clean(text)
+    line = one_line(text)
     if not line:
         return "(empty)"
     # A backtick span shows entities literally, so what needs them goes into an element instead.

@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
+from hub.client import Hub, pointed_at, serving
 
 torch.set_num_threads(1)  # the models are tiny: more threads cost time, and figures would depend on the machine
 transformers.utils.logging.disable_progress_bar()
@@ -51,4 +52,24 @@ def little_garbage() -> Iterator[None]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The card of a checkpoint has a picture, which takes longer than the training."""
-    monkeypatch.setattr("hf_sparse.hooks.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_sparse.side_files.find_spec", lambda name: None)
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[str]:
+    """The endpoint of a Hub on this machine, see tests/hub."""
+    with serving() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def hub(hub_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty Hub that this process and its children use, logged in as "user", with a cache of the test's own."""
+    view = Hub(hub_server, tmp_path / "huggingface")
+    view.reset()
+    for name, value in view.settings().items():
+        monkeypatch.setenv(name, value)
+    with pointed_at(view.endpoint, view.home, view.sleeps):
+        yield view
+    unknown = view.requests_unknown()
+    assert not unknown, f"tests/hub does not speak: {unknown}"

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 
 import hf_sparse
-from hf_sparse import SparsityConfig, peft_hook
+from hf_sparse import SparsityConfig, after_import, peft_hook
 from hf_sparse.adapters import mask_lora_, merge_and_unload, sparse_shira_config
 from hf_sparse.adapters.product import MaskedProduct
 from hf_sparse.errors import ConfigError, ModelError
@@ -1227,7 +1227,7 @@ def is_wrapped(kind: Any) -> bool:
 
 
 def waiting() -> int:
-    return sum(isinstance(finder, peft_hook._AfterImport) for finder in sys.meta_path)
+    return int(peft_hook._MODULE in after_import._finder.waiting and after_import._finder in sys.meta_path)
 
 
 def test_it_waits_for_the_import_and_then_gets_out_of_the_way(not_imported: Callable[[], Any]) -> None:

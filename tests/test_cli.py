@@ -1,9 +1,12 @@
 """The command line: what it writes, what it prints, how it fails."""
 
 import argparse
+import io
 import json
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -326,35 +329,6 @@ def test_evaluate(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "perplexity" in capsys.readouterr().out
 
 
-def test_inspect_counts_from_the_files_and_compares_with_the_claim(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run("prune", saved, tmp_path / "out", "--metric", "magnitude")
-    capsys.readouterr()
-    assert run("inspect", tmp_path / "out") == 0
-    out = capsys.readouterr().out
-    assert "they agree" in out
-    assert "model.layers.1.mlp.down_proj.weight" in out
-    assert run("inspect", tmp_path / "out", "--json") == 0
-    found = printed(capsys)
-    assert sum(tensor["zeros"] for tensor in found["tensors"].values()) == found["claim"]["totals"]["zeros"]
-    assert run("inspect", saved) == 0
-    assert "does not say" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("spoil", ["cut", "absent", "config"])
-def test_inspect_names_what_is_damaged(spoil: str, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = saved / "model.safetensors"
-    if spoil == "cut":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif spoil == "absent":
-        weights.unlink()
-    else:
-        (saved / "config.json").write_text("{")
-    assert run("inspect", saved) == 1
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_methods_lists_every_metric(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("methods", "--json") == 0
     found = printed(capsys)
@@ -431,3 +405,153 @@ def test_methods_tell_what_needs_calibration(
 ) -> None:
     assert run("methods", "--json") == 0
     assert next(entry for entry in printed(capsys)[kind] if entry["name"] == name)["needs_calibration"] is needs
+
+
+# ------------------------------------------------------------------------------------------------ what reaches the terminal
+
+SECRET = "hf_SECRET"
+
+
+def quoting(error: type[Exception], message: str) -> Any:
+    """A function that fails with a message in which the token stands."""
+
+    def fail(arguments: argparse.Namespace, *_: object) -> None:
+        logging.getLogger("transformers").warning("a log line with %s", arguments.token)
+        raise error(message.format(token=arguments.token))
+
+    return fail
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
+@pytest.mark.parametrize("traceback", ["", "1"], ids=["line", "traceback"])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError, "401 for {token}"),
+        (OSError, "no answer of https://user:{token}@huggingface.co/api?token={token}"),
+        (ValueError, "Illegal header value b'Bearer {token}\\n'"),
+        (ConfigError, "\x1b[31m{token} is not allowed"),
+        (KeyError, "{token}"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_no_secret_is_shown(
+    error: type[Exception], message: str, traceback: str, more: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_SPARSE_TRACEBACK", traceback)
+    monkeypatch.setattr(prune, "load_model", quoting(error, message))
+    words = ["prune", "user/model", tmp_path / "out", "--metric", "magnitude", "--token", SECRET, *more]
+    assert run(*words) == 1
+    out, shown = capsys.readouterr()
+    assert SECRET not in out + shown
+    assert "hf-sparse prune: error: " in shown
+    assert "\x1b" not in out + shown
+    assert ("Traceback" in shown) == bool(traceback and error is not ConfigError)
+    assert "***" in (json.loads(out)["error"] if more else shown.splitlines()[-1])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["methods", "--token", SECRET], ["prune", "a", "b", "--tokn", SECRET], ["prune", "a", "b", "--tok", SECRET, "c"],
+     ["prune", "a", "b", f"--token={SECRET}", f"--nothing={SECRET}"], ["prune", "a", "b", "--hub-token", SECRET]],
+)  # fmt: skip
+def test_words_that_are_not_understood_show_no_secret(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(*words)
+    out, error = capsys.readouterr()
+    assert SECRET not in out + error
+    assert "unrecognized arguments: " in error
+
+
+@pytest.mark.slow  # the client tries again and again
+def test_a_refused_connection_shows_no_secret(tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    environment = {
+        **os.environ, "HF_ENDPOINT": f"http://me:{SECRET}@127.0.0.1:{port}", "HF_TOKEN": SECRET, "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0", "HF_SPARSE_TRACEBACK": "1", "HF_HUB_VERBOSITY": "debug", "TRANSFORMERS_VERBOSITY": "debug",
+    }  # fmt: skip
+    words = ["prune", "user/model", str(tmp_path / "out"), "--metric", "magnitude", "--token", SECRET, "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_sparse", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "http://***@127.0.0.1" in json.loads(done.stdout)["error"]
+    assert "Traceback" in done.stderr
+    assert SECRET not in done.stdout + done.stderr
+
+
+def test_no_secret_is_written(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "hf_" + "aB3" * 12
+    calibration = tmp_path / secret
+    calibration.mkdir()
+    (calibration / "text.txt").write_text(text(600))
+    done = run("prune", saved, tmp_path / "out", "--metric", "wanda", "--calibration", calibration / "text.txt", "--num-samples", 2,
+               "--sequence-length", 16, "--evaluate", tmp_path / "evaluation.txt", "--window", 16, "--token", secret)  # fmt: skip
+    assert done == 0
+    written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert {"config.json", "README.md", "hf_sparse_report.json"} <= {file.name for file in written}
+    assert [file.name for file in written if secret.encode() in file.read_bytes()] == []
+    assert secret not in "".join(capsys.readouterr())
+
+
+def test_control_characters_of_any_command_are_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hf_sparse.cli import methods
+
+    def noisy(_: argparse.Namespace) -> None:
+        print("a\x1b[31m\tb\r\n\x07", end="\n")
+        sys.stdout.writelines(["c\u202e\n", "d\ud800"])
+        print("\r 50 %\x1b[A", end="", file=sys.stderr)
+        assert (sys.stdout.encoding, sys.stdout.isatty()) == (before[0].encoding, False)
+
+    monkeypatch.setattr(methods, "run", noisy)
+    before = (sys.stdout, sys.stderr)
+    assert run("methods") == 0
+    assert (sys.stdout, sys.stderr) == before
+    out, error = capsys.readouterr()
+    assert out == "a\ufffd[31m\tb\ufffd\n\ufffd\nc\ufffd\nd\ufffd"
+    assert error == "\r 50 %\x1b[A"  # a progress bar
+
+
+def test_letters_that_a_terminal_does_not_have_are_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from hf_sparse.cli import methods
+
+    monkeypatch.setattr(methods, "run", lambda _: print("größe \x1b"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert run("methods") == 0
+    assert sys.stdout.buffer.getvalue() == b"gr\\xf6\\xdfe \\ufffd\n"
+
+
+def test_output_that_nobody_reads_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run("methods") == 141
+        print("nowhere")
+        monkeypatch.undo()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_a_pipe_that_is_cut_short_ends_quietly() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "hf_sparse", "methods"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141

@@ -16,13 +16,13 @@ LINES_AT_MOST = 300
 # A module stands on the floor of its longest prefix here. Names without a package are modules of hf_sparse.
 FLOORS = {
     7: "cli __main__",
-    6: "hooks compare search stream trainer_callbacks",
-    5: "prune prune_report kept gradual adapters peft_hook search trials shared lockstep streams blockwise measure apply reconstruct permute hub evaluate predictors",
-    4: "recipes comparison plot_comparison calibrate wiring snapshot record checkpoint embedded model_cards",
+    6: "hooks trainer_hook compare search stream trainer_callbacks",
+    5: "prune prune_report gradual search trials shared lockstep streams blockwise measure apply reconstruct permute hub side_files publish saved harness verify evaluate predictors",
+    4: "recipes comparison plot_comparison calibrate wiring snapshot record checkpoint kept adapters peft_hook embedded model_cards remote downloads arrival",
     3: "families metrics normal_equations allocations patterns updates storage runtime native "
-    "groups blocks stored replace forwards offload observe statistics report recovery plot config plan allot",
-    2: "sites registry data stdlib_text",
-    1: "errors environment memory",
+    "groups blocks stored replace forwards offload observe statistics report recovery plot config plan allot claim",
+    2: "sites registry data stdlib_text hashes",
+    1: "errors environment memory after_import wraps text schema",
 }
 FLOOR = {
     name if name in PACKAGES else f"hf_sparse.{name}": floor

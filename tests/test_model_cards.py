@@ -2,30 +2,56 @@
 
 import argparse
 import ast
+import copy
 import dataclasses
 import json
 import logging
 import re
 import shlex
 import subprocess
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.meta
+import peft
 import pytest
+import torch
 import yaml
-from huggingface_hub import ModelCard
-from hypothesis import given, settings
+from huggingface_hub import ModelCard, ModelCardData, constants
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from models import llama
 from test_recovery import make_recovery
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_sparse import embedded
+from hf_sparse import checkpoint, embedded
+from hf_sparse.adapters import mask_lora_
 from hf_sparse.config import SparsityConfig
-from hf_sparse.errors import CheckpointError
+from hf_sparse.errors import CheckpointError, ConfigError, ModelError
+from hf_sparse.hashes import hashes_of, misfit
+from hf_sparse.prune import prune_
 from hf_sparse.recovery import Recovery
 from hf_sparse.report import BlockReport, Report, SiteReport
-from model_cards import Evaluation, SparseModelCard, write_card
-from model_cards.escape import clean, code, fenced, json_text, plain, python_literal, shell_word
-from model_cards.merge import BEGIN, END, section_of
+from hf_sparse.text import one_line
+from model_cards import (
+    CardSource,
+    Evaluation,
+    SparseAdapterCard,
+    SparseModelCard,
+    card_class,
+    file_hashes,
+    header,
+    merge_trainer,
+    set_card_class,
+    variables,
+    write_card,
+)
+from model_cards.escape import code, fenced, json_text, plain, python_literal, shell_word
+from model_cards.merge import merge
+from model_cards.parts import BEGIN, END, TRAINER, begin, end, part_of, replace_part
 
 MEASURED = Evaluation(10.5, 12.25, window=512, stride=256, text="wikitext", fingerprint="cafe", tokens=4096)
 NASTY = "a|b`c`<script>alert(1)</script>\n\n# top ](x) $$x$$ " + END + " \u202e\ud800 *bold* https://x.example ```"
@@ -155,11 +181,10 @@ def test_long_tables_are_folded(blocks: int, folded: bool) -> None:
     assert text.count("| `model.layers.") == blocks
 
 
-def test_picture_files_command_and_later_training() -> None:
+def test_picture_command_and_later_training() -> None:
     claim = {"hf_sparse": {"totals": {"zeros": 8000, "sparsity": 8000 / 16384}}}
-    card = card_of(plot_name="a b.png", files={"x.npz": "the masks"}, command="hf-sparse prune x y", model_config=claim)
+    card = card_of(plot_name="a b.png", command="hf-sparse prune x y", model_config=claim)
     assert "(a%20b.png)" in card.text
-    assert "| `x.npz` | the masks |" in card.text
     assert "\nhf-sparse prune x y\n" in card.text
     assert "8,000 zeros were counted in the sites (48.83 %)" in card.text
     claim["hf_sparse"]["totals"]["zeros"] = 8192
@@ -559,7 +584,7 @@ def nasty_report(nasty: str) -> Report:
     site = make_site(0, nasty, axis=nasty, metric=nasty, note=nasty, pattern=nasty)
     block = make_block(0, stack=nasty, name=nasty, sites=[site])
     return make_report(
-        blocks=[block], model=nasty, model_class=nasty, left_out={nasty: nasty}, notes=[nasty], versions={nasty: nasty},
+        blocks=[block], model=nasty, model_class=nasty, files={nasty: "0" * 64}, left_out={nasty: nasty}, notes=[nasty], versions={nasty: nasty},
         calibration=dict.fromkeys(("source", "fingerprint", "samples", "tokens", "batch_size"), nasty),
         recoveries=[nasty_recovery(nasty), nasty_recovery(nasty)],
         config={**SparsityConfig().to_dict(), "targets": [nasty], "options": {nasty: {nasty: nasty}}, "pattern": nasty, nasty: nasty},
@@ -583,8 +608,8 @@ def assert_whole(card: SparseModelCard) -> None:
     body = content.partition("\n---\n")[2]
     assert body.count(BEGIN) == body.count(END) == 1
     assert [line for line in content.splitlines() if line.startswith((BEGIN, END))] == [BEGIN, END]
-    assert section_of(content) is not None
-    assert content.endswith(END)
+    assert part_of(content) is not None
+    assert content.endswith(f"{END}\n")
     prose = outside_code(body)
     tags = set(re.findall(r"<[^>]*>", prose))
     assert {tag for tag in tags if not tag.startswith("<!-- hf_sparse")} <= {
@@ -595,7 +620,16 @@ def assert_whole(card: SparseModelCard) -> None:
         "</details>",
         "</summary>",
     }
-    headings = ["Weight sparsity", "Quality", "Recovery", "Blocks", "Load it", "What runs faster", "Do it again"]
+    headings = [
+        "Weight sparsity",
+        "Quality",
+        "Recovery",
+        "Blocks",
+        "Load it",
+        "Files",
+        "What runs faster",
+        "Do it again",
+    ]
     assert [line.lstrip("# ") for line in prose.splitlines() if line.lstrip().startswith("#")][1:] == headings
     rows = [line for line in prose.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {3, 7, 10}
@@ -604,10 +638,12 @@ def assert_whole(card: SparseModelCard) -> None:
 
 def test_malicious_names_are_neutralised() -> None:
     evil = dataclasses.replace(MEASURED, text=NASTY, fingerprint=NASTY, metric=NASTY, before_recovery=1.0)
+    on_task = Evaluation(
+        1.0, 1.0, NASTY, task=NASTY, task_version=NASTY, filter=NASTY, harness=NASTY, before_recovery=1.0
+    )
     card = card_of(
         nasty_report(NASTY),
-        evaluations=[evil],
-        files={NASTY: NASTY},
+        evaluations=[evil, on_task],
         plot_name=NASTY,
         command=NASTY,
         base_card=f"---\nlicense: {NASTY!r}\n---\n",
@@ -633,7 +669,7 @@ def test_any_name_leaves_the_card_whole(name: str) -> None:
 
 @given(st.text())
 def test_escaping(text: str) -> None:
-    assert "\n" not in clean(text)
+    assert "\n" not in one_line(text)
     assert not set("<>`|*[]\\$\n") & set(plain(text))
     assert "|" not in code(text)
     assert "<" not in code(text).replace("<code>", "").replace("</code>", "")
@@ -710,8 +746,8 @@ def test_a_foreign_readme_is_left_alone(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_broken_header_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for header in ("a: [1", "- 1"):
-        content = f"---\n{header}\n---\n{BEGIN}\n{END}\n"
+    for broken in ("a: [1", "- 1"):
+        content = f"---\n{broken}\n---\n{BEGIN}\n{END}\n"
         (tmp_path / "README.md").write_text(content)
         with caplog.at_level(logging.WARNING):
             assert not write_card(tmp_path, card_of())
@@ -812,3 +848,754 @@ def test_text_outside_the_markers_is_kept(above: str, below: str) -> None:
     assert merged.partition("\n---\n")[2].startswith(start)
     assert merged.endswith(end)
     assert card_of().merged_into(merged) == merged
+
+
+# ---------------------------------------------------------------------------------------------------- hashes of files
+
+FILES = {"config.json": "a" * 64, "model-00001-of-00002.safetensors": "0123456789abcdef" * 4}
+
+
+def test_the_card_tells_the_hashes_of_the_report() -> None:
+    text = card_of(make_report(files=FILES)).content
+    assert section(text, "Files").strip().splitlines()[2:] == [
+        "| File | SHA-256 |", "|---|---|", f"| `config.json` | `{'a' * 64}` |",
+        f"| `model-00001-of-00002.safetensors` | `{'0123456789abcdef' * 4}` |",
+    ]  # fmt: skip
+    assert file_hashes(text) == FILES
+    assert "SHA-256" not in card_of().content
+    assert file_hashes(card_of().content) == {}
+
+
+@pytest.mark.parametrize(("number", "folded"), [(12, False), (13, True)])
+def test_many_files_are_folded(number: int, folded: bool) -> None:
+    files = {f"model-{index:05}.safetensors": f"{index:064x}" for index in range(number)}
+    text = card_of(make_report(files=files)).content
+    assert (f"<summary>{number} files</summary>" in text) == folded
+    assert file_hashes(text) == files
+
+
+@settings(max_examples=40)
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=255).filter(lambda name: misfit(name, "0" * 64) is None), st.just("f" * 64)
+    )
+)
+@example({'"x"': "f" * 64, '"': "f" * 64, " x": "f" * 64, "&amp;|": "f" * 64, "\ud800\U0001f600": "f" * 64})
+def test_every_name_of_a_file_comes_back(files: dict[str, str]) -> None:
+    assert file_hashes(card_of(make_report(files=files)).content) == files
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "| `../x` | `{digest}` |",
+        "| `a/b` | `{digest}` |",
+        "| `x` | `{upper}` |",
+        "| `x` | `{digest}0` |",
+        "| `x` | {digest} |",
+        "| x | `{digest}` |",
+        "| `x` | `{digest}` | more |",
+        " | `x` | `{digest}` |",
+        "| <code>&#34;x</code> | `{digest}` |",  # JSON that does not end
+        "| <code>&#34;&#92;ud83&#34;</code> | `{digest}` |",
+        "| <code>" + "&#32;" * 2000 + "</code> | `{digest}` |",
+        "| `" + "x" * 300 + "` | `{digest}` |",
+        "```\n| `x` | `{digest}`",
+    ],
+)
+def test_rows_that_we_would_not_write_are_passed_over(line: str) -> None:
+    row = line.format(digest="b" * 64, upper="B" * 64)
+    text = card_of(make_report(files=FILES)).content.replace("|---|---|\n| `config", f"|---|---|\n{row}\n| `config")
+    assert row in text
+    assert file_hashes(text) == FILES
+
+
+def test_hashes_are_read_from_our_section_only() -> None:
+    ours = card_of(make_report(files=FILES)).content
+    row = f"| `config.json` | `{'b' * 64}` |"
+    table = f"### Files\n\n| File | SHA-256 |\n|---|---|\n{row}\n"
+    assert file_hashes(table) == {}
+    assert file_hashes(f"{BEGIN}\n{table}") == {}
+    assert file_hashes(f"```\n{BEGIN}\n{table}{END}\n```\n{ours}") == FILES
+    assert file_hashes(ours.replace("|---|---|\n| `config", f"|---|---|\n| `x` | `{'c' * 64}` |\n| `config")) == {
+        "x": "c" * 64,
+        **FILES,
+    }
+    assert file_hashes(ours.replace("\n### What runs", f"{row}\n\n### What runs")) == FILES  # the first row holds
+    other = f"| `other` | `{'b' * 64}` |"
+    assert file_hashes(ours.replace("\n### What runs", f"{other}\n\n### What runs")) == {**FILES, "other": "b" * 64}
+    assert file_hashes(ours.replace("\n### Do it", f"{other}\n\n### Do it")) == FILES  # another table
+    assert file_hashes(ours.replace("\n", "\r\n")) == FILES
+    assert file_hashes(ours + "x" * 2**24) == {}
+
+
+@settings(max_examples=40)
+@given(st.text())
+def test_any_text_gives_hashes_or_none(text: str) -> None:
+    for content in (text, f"{BEGIN}\n### Files\n{text}\n{END}\n"):
+        assert all(misfit(*item) is None for item in file_hashes(content).items())
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"a/b": "0" * 64}, {"": "0" * 64}, {"a": "0" * 63}, {"a": "G" * 64}, {"a": None}, ["a"], {"a" * 256: "0" * 64}],
+)
+def test_a_report_with_other_hashes_is_refused(files: Any) -> None:
+    values = make_report(files=FILES).to_dict()
+    assert Report.from_dict(values).files == FILES
+    with pytest.raises(CheckpointError, match="files"):
+        Report.from_dict({**values, "files": files})
+    del values["files"]
+    assert Report.from_dict(values).files == {}  # as written by earlier versions
+
+
+# ---------------------------------------------------------------------------------------------------- cards of one's own
+
+OWN = "---\n{{ card_data }}\n---\n# {{ team }}\n{{ begin }}\n{{ title }}: {{ in_sites }}, {{ license }}\n{{ end }}\n"
+
+
+class TeamCard(SparseModelCard):
+    @classmethod
+    def template_variables(cls, source: CardSource) -> dict[str, Any]:
+        return {**super().template_variables(source), "team": f"Team of {source.report.model_class}"}
+
+    @classmethod
+    def header_data(cls, source: CardSource) -> ModelCardData:
+        data = super().header_data(source)
+        data["team"] = "ours"
+        return data
+
+
+@pytest.fixture
+def own_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "own.md").write_text(OWN, encoding="utf-8")
+    monkeypatch.setattr(TeamCard, "default_template_path", tmp_path / "own.md")
+    return tmp_path / "own.md"
+
+
+def test_a_subclass_has_its_own_template_variables_and_header(own_template: Path) -> None:
+    card = TeamCard.from_report(make_report(), base_card="---\nlicense: mit\n---\n")
+    assert card.text.startswith("# Team of LlamaForCausalLM\n" + BEGIN)
+    assert "base, 2:4 sparse: 8,192 of 16,384 (50.00 %), mit\n" in card.text
+    assert card.data["team"] == "ours"
+    assert isinstance(card, TeamCard)
+
+
+def test_a_template_and_variables_for_one_card(own_template: Path) -> None:
+    for template in ({"template_path": own_template}, {"template_path": str(own_template)}, {"template_str": OWN}):
+        assert "# Us\n" in card_of(team="Us", **template).text
+    assert "\n# Mine\n" in card_of(title="Mine").text  # a variable of ours is replaced
+    assert "# \n" in card_of(template_str=OWN).text  # what is not given is empty, as Jinja has it
+
+
+def test_a_card_of_an_own_template_is_renewed(own_template: Path, tmp_path: Path) -> None:
+    assert write_card(tmp_path, TeamCard.from_report(make_report()))
+    (tmp_path / "README.md").write_text(read(tmp_path) + "Mine.\n")
+    other = make_report(config=SparsityConfig(pattern="4:8"), model="someone/else")
+    assert write_card(tmp_path, TeamCard.from_report(other))
+    text = read(tmp_path)
+    assert text.endswith("Mine.\n")
+    assert "else, 4:8 sparse: 8,192" in text
+    assert ModelCard(text).data.base_model == "someone/else"  # the section remembers what the header held
+    assert text.count(BEGIN) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"template_str": OWN.replace("{{ begin }}\n", "")}, r"the text given, needs '\{\{ begin \}\}' and"),
+        ({"template_str": OWN.replace("{{ end }}\n", "")}, "each alone on a line"),
+        ({"template_str": OWN.replace("{{ end }}", "x {{ end }}")}, "each alone on a line"),
+        ({"template_str": OWN.replace("{{ begin }}", "> {{ begin }}")}, "each alone on a line"),
+        ({"template_str": OWN + "{{ begin }}\n{{ end }}\n"}, "once, each alone"),
+        ({"template_str": "```\n" + BEGIN + "\n" + END + "\n```\n" + OWN}, "does not begin with the header"),
+        ({"template_str": OWN.partition("---\n# ")[2]}, "first lines must be '---'"),
+        ({"template_str": OWN.replace("{{ card_data }}", "license: mit")}, "does not begin with the header"),
+        ({"template_str": "{{ card_data"}, "line 1, cannot be rendered by Jinja"),
+        ({"template_str": "{% include 'x' %}"}, "no loader"),
+        ({"template_str": OWN, "template_path": "x"}, "give one of them"),
+        ({"template_path": "/missing/own.md"}, "'/missing/own.md', cannot be read: .*No such file"),
+    ],
+)  # fmt: skip
+def test_templates_that_cannot_be_used_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        card_of(**given)
+
+
+def test_all_variables_are_documented() -> None:
+    table = re.findall(r"^\| (`.*?) \|", variables.__doc__ or "", re.MULTILINE)
+    documented = [name for cell in table for name in re.findall(r"`(\w+)`", cell)]
+    source = CardSource(report=make_report(), base="someone/base")
+    given = set(SparseModelCard.template_variables(source)) | {"card_data", "begin", "end"}
+    assert sorted(documented) == sorted(given)
+    template = Path(SparseModelCard.default_template_path).read_text(encoding="utf-8")
+    tree = jinja2.Environment(autoescape=True).parse(template)
+    assert jinja2.meta.find_undeclared_variables(tree) <= given
+
+
+@pytest.fixture
+def chosen_class() -> Iterator[None]:
+    yield
+    set_card_class(None)
+
+
+@pytest.mark.usefixtures("chosen_class")
+def test_saves_write_the_chosen_class(own_template: Path, tmp_path: Path) -> None:
+    model = pruned_llama()
+    set_card_class(TeamCard)
+    assert card_class() is TeamCard
+    model.save_pretrained(tmp_path / "own")
+    assert "# Team of LlamaForCausalLM\n" in read(tmp_path / "own")
+    set_card_class(None)
+    assert card_class() is SparseModelCard
+    model.save_pretrained(tmp_path / "ours")
+    assert "Team" not in read(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("kind", [ModelCard, "TeamCard", 3, card_of])
+def test_other_classes_are_refused(kind: Any) -> None:
+    with pytest.raises(ConfigError, match="give a subclass of SparseModelCard"):
+        set_card_class(kind)
+    assert card_class() is SparseModelCard
+
+
+def pruned_llama() -> Any:
+    model = llama()
+    prune_(model, SparsityConfig(pattern="2:4", metric="magnitude"))
+    return model
+
+
+def test_from_a_saved_folder(tmp_path: Path) -> None:
+    pruned_llama().save_pretrained(tmp_path)
+    card = SparseModelCard.from_folder(tmp_path)
+    assert card.content == read(tmp_path)
+    assert file_hashes(card.content) == hashes_of(tmp_path)
+    assert set(file_hashes(card.content)) == {"config.json", "model.safetensors"}
+    assert "hf-sparse prune x\n" in SparseModelCard.from_folder(str(tmp_path), command="hf-sparse prune x").text
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json' is not valid JSON"):
+        SparseModelCard.from_folder(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot read"):
+        SparseModelCard.from_folder(tmp_path / "missing")
+
+
+# ---------------------------------------------------------------------------------------------------- the card as data
+
+
+def test_results_parse_back_as_the_reports_evaluations() -> None:
+    evaluations = [
+        MEASURED,
+        dataclasses.replace(MEASURED, text="stdlib:evaluation", window=128, stride=None, fingerprint="beef00"),
+        Evaluation(None, 1e-07, "loss", text="wikitext", tokens=3),
+        Evaluation(123456789.125, 1e17, text="a: b, [c] #d 'e'", window=2048, tokens=10**12, fingerprint="12345678"),
+    ]
+    report = make_report()
+    for item in evaluations:
+        report.add_evaluation(dataclasses.asdict(item))
+    found = ModelCard(SparseModelCard.from_report(Report.from_dict(report.to_dict())).content).data.eval_results
+    back = [
+        Evaluation(
+            text=result.dataset_name, metric=result.metric_type, sparse=result.metric_value,
+            **{name: result.metric_args.get(name) for name in ("dense", "window", "stride", "tokens")},
+            fingerprint=result.metric_args.get("fingerprint", ""),
+        )
+        for result in found
+    ]  # fmt: skip
+    assert sorted(back, key=repr) == sorted(evaluations, key=repr)
+    assert {result.task_type for result in found} == {"text-generation"}
+
+
+def test_merging_into_a_card_keeps_the_results(tmp_path: Path) -> None:
+    card = card_of(evaluations=[MEASURED])
+    merged = ModelCard(card.merged_into("# Mine\n")).data
+    assert merged.eval_results == ModelCard(card.content).data.eval_results
+    assert merged.to_dict() == ModelCard(card.content).data.to_dict()
+
+
+LICENSED = (
+    "license: other\nlicense_name: llama3\nlicense_link: LICENSE\nlanguage:\n- en\n- de\npipeline_tag: fill-mask\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("base", "link"),
+    [
+        ("someone/base", "https://huggingface.co/someone/base/blob/main/LICENSE"),
+        ("/somewhere/base", "LICENSE"),
+    ],
+)
+def test_license_and_language_are_the_base_models(base: str, link: str) -> None:
+    data = card_of(make_report(model=base), base_card=f"---\n{LICENSED}tags:\n- x\ndatasets:\n- y\n---\n").data
+    assert (data.license, data.license_name, data.license_link) == ("other", "llama3", link)
+    assert (data.language, data.pipeline_tag, data.datasets) == (["en", "de"], "fill-mask", None)
+    full = f"---\n{LICENSED.replace('LICENSE', 'https://x.example/l')}---\n"
+    assert card_of(make_report(model=base), base_card=full).data.license_link == "https://x.example/l"
+
+
+def test_the_base_models_card_is_found_in_its_folder_and_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "README.md").write_text("\ufeff---\nlicense: mit\n---\n", encoding="utf-8")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached = tmp_path / "cache" / "models--someone--base"
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots" / "abc" / "README.md").write_text("---\nlicense: llama3\n---\n")
+    model = llama()
+    for base, license_name in [(str(folder), "mit"), ("someone/base", "llama3"), ("someone/other", None), ("", None)]:
+        assert SparseModelCard.of_model(model, make_report(model=base)).data.license == license_name
+    given = SparseModelCard.of_model(model, make_report(model=str(folder)), base_card="---\nlicense: gpl-3.0\n---\n")
+    assert given.data.license == "gpl-3.0"
+    with (folder / "README.md").open("ab") as file:
+        file.truncate(5 * 2**20)  # no card is as large
+    assert SparseModelCard.of_model(model, make_report(model=str(folder))).data.license is None
+
+
+# ---------------------------------------------------------------------------------------------------- cards of others
+
+EXAMPLE = f"{BEGIN}\nan example\n{END}\n"
+OTHERS = {
+    "tables and HTML": "---\nlicense: mit\n---\n# Base\n\n<div align='center'><b>x</b></div>\n\n| a | b |\n|---|---|\n| 1 | `|` |\n\n<!-- a\ncomment -->\n" + "Words. " * 3000,
+    "our markers in a block of code": f"# Base\n\n```md\n{EXAMPLE}```\n\nText.\n",
+    "our markers in a longer fence": f"~~~~ md\n~~~\n{EXAMPLE}~~~\n~~~~\nText.\n",
+    "our markers in code, twice": f"```\n{EXAMPLE}```\n\n   ```\n{EXAMPLE}   ```\n",
+    "a fence that is not closed": "# Base\n\n```python\nx = 1\n",
+    "a tilde fence that is not closed": "# Base\n\n~~~\nx = 1\n",
+    "code within a line": "```not a fence```\nText.\n",
+    "half of a pair": f"# Base\n{BEGIN}\nText.\n",
+    "the other half": f"# Base\n{END}\nText.\n",
+    "indented markers": f"# Base\n\n    {BEGIN}\n    {END}\n",
+    "no header": "# Base\n\n---\nnot: a header\n---\n",
+    "a header without end": "---\nlicense: mit\n\n# Base\n",
+    "an empty header": "---\n\n---\n# Base\n",
+    "keys twice": "---\nlicense: mit\ntags: [a]\nlicense: apache-2.0\ntags: [b]\n---\n# Base\n",
+    "line ends of Windows": "---\r\nlicense: mit\r\n---\r\n# Base\r\n\r\n```\r\n" + EXAMPLE.replace("\n", "\r\n") + "```\r\n",
+    "line ends of Windows, without header": "# Base\r\n\r\nText.\r\n",
+    "a single line": "Base",
+    "line ends of both kinds": "---\r\nlicense: mit\r\n---\nText.\n",
+    "form feeds and other breaks": "# Base\x0c\u2028\x85text\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_card_is_lost(name: str, mark: str) -> None:
+    theirs = OTHERS[name]
+    body = header.split(theirs)[1]
+    merged = card_of().merged_into(mark + theirs)
+    assert merged.startswith(mark + "---")
+    assert body.strip() in merged
+    assert merged.count("8,192 of 16,384") == card_of().text.count("8,192 of 16,384")
+    newline = "\r\n" if "\r\n" in theirs else "\n"
+    assert merged.endswith(f"{newline}{END}{newline}")
+    again = card_of(make_report(blocks=3)).merged_into(merged)
+    assert body.strip() in again
+    assert "8,192 of 16,384" not in again  # the section was renewed, not added a second time
+    assert card_of(make_report(blocks=3)).merged_into(again) == again
+    assert ModelCard(again.removeprefix(mark)).data.library_name == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (f"```a```\n{EXAMPLE}```\nx\n```\n", True),  # code within a line opens no block
+        (f"```\n```python\n{EXAMPLE}```\n", False),  # what closes a block stands alone on its line
+        (f"````\n```\n{EXAMPLE}```\n````\n", False),
+        (f"~~~\n```\n{EXAMPLE}~~~\n", False),
+        (f"~~~ a`b`\n{EXAMPLE}~~~\n", False),
+        (f"    ```\n{EXAMPLE}    ```\n", True),  # so far to the right it is text in a block of its own
+        (f"{BEGIN}  \nan example\n{END}\t\n", True),
+        (f"{BEGIN} x\nan example\n{END}\n", False),
+        (f"{BEGIN}\n```\n{END}\n```\n", True),
+        (f"{END}\n{EXAMPLE}", True),
+    ],
+)
+def test_which_markers_count(text: str, found: bool) -> None:
+    assert (part_of(text) is not None) == found
+    assert ("an example" in replace_part(text, "", "new")) == ("an example" in text and not found)
+
+
+def test_a_byte_order_mark_alone_stays() -> None:
+    assert card_of().merged_into("\ufeff") == "\ufeff" + card_of().content
+
+
+def test_keys_that_stand_twice_mean_what_they_meant() -> None:
+    merged = card_of().merged_into(OTHERS["keys twice"])
+    values = header.read(header.split(merged)[0])
+    assert values["license"] == "apache-2.0"
+    assert values["tags"] == ["b", "hf_sparse", "sparse", "pruned", "2:4"]
+    assert merged.count("tags:") == 1
+
+
+def test_a_section_below_a_fence_that_was_never_closed_is_renewed() -> None:
+    merged = card_of().merged_into(OTHERS["a fence that is not closed"])
+    assert part_of(merged) is not None
+    assert card_of(make_report(blocks=1)).merged_into(merged).count(BEGIN) == 1
+
+
+LARGE = {
+    "words": "word " * 400_000,
+    "lines": "\n" * 2_000_000,
+    "markers": f"{BEGIN}\n" * 80_000,
+    "pairs": f"{BEGIN}\n{END}\n" * 40_000,
+    "fences": "```\n" * 500_000,
+    "fences of all lengths": "".join("`" * (3 + index % 500) + "\n" for index in range(8_000)),
+    "markers in a fence": "```\n" + f"{BEGIN}\n" * 80_000,
+    "one long line of backticks": "`" * 2_000_000,
+    "dashes": "---\n" * 500_000,
+    "spaces": "---" + " " * 2_000_000,
+    "rules with spaces": "---\na: 1\n" + ("---" + " " * 100 + "x\n") * 18_000,
+    "comments": "<!-- hf_sparse:" * 120_000,
+    "remembered": f"{BEGIN}\n" + "<!-- hf_sparse:header " * 90_000 + f"\n{END}\n",
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_two_megabytes_are_merged_and_read(name: str) -> None:
+    merged = card_of(make_report(files=FILES)).merged_into("# x\n" + LARGE[name])
+    assert file_hashes(merged) == FILES
+    assert card_of(make_report(files=FILES)).merged_into(merged) == merged
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        "a: &a [*a]",
+        "a: " + "[" * 40 + "]" * 40,
+        "a: " + "[" * 10_000,
+        "a: " + "{b: " * 10_000,
+        "a: 0x" + "f" * 5000,
+        "a: " + "1" * 5000,
+        "a: 2024-13-45",
+        "a: !!int ''",
+        "a: !!python/object/apply:os.system [ls]",
+        "? [a]\n: b",
+        "a: \x07",
+        "a: [1",
+        "- a",
+        "text",
+        "a: b\n" + "# x\n" * 300_000,
+    ],
+)
+def test_headers_that_cannot_be_read_are_refused_and_nothing_is_inherited(text: str) -> None:
+    with pytest.raises(CheckpointError, match="YAML header of the README"):
+        card_of().merged_into(f"---\n{text}\n---\nText.\n")
+    assert card_of(base_card=f"---\nlicense: mit\n{text}\n---\n").data.license is None
+
+
+# ---------------------------------------------------------------------------------------------------- the Trainer's text
+
+
+def trainers(loss: float = 0.5, **header_values: Any) -> str:
+    """What a Trainer writes."""
+    values = {
+        "library_name": "transformers", "license": "mit", "base_model": "someone/pruned", "tags": ["generated_from_trainer"],
+        "model-index": [{"name": "out", "results": [{
+            "task": {"name": "Causal LM", "type": "text-generation"}, "dataset": {"name": "d", "type": "d"},
+            "metrics": [{"name": "Loss", "type": "loss", "value": loss}],
+        }]}],
+    }  # fmt: skip
+    values = {key: value for key, value in {**values, **header_values}.items() if value is not None}
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n\n<!-- generated -->\n\n# out\n\nLoss: {loss}\n"
+
+
+def header_of(text: str) -> dict[str, Any]:
+    return header.read(header.split(text)[0])
+
+
+@pytest.mark.parametrize("existing", ["", "\n", "\ufeff", "\ufeff \n"])
+def test_an_empty_readme_becomes_the_trainers(existing: str) -> None:
+    merged = merge_trainer(existing, trainers())
+    assert merged.startswith("\ufeff" if existing.startswith("\ufeff") else "---")
+    assert header.split(merged.removeprefix("\ufeff"))[0] == header.split(trainers())[0]  # to the letter
+    part = part_of(merged, TRAINER)
+    assert part is not None
+    assert part.endswith(f"<!-- generated -->\n\n# out\n\nLoss: 0.5\n{end(TRAINER)}")
+    assert merge_trainer(merged, trainers()) == merged
+
+
+def test_a_second_push_renews_the_trainers_part_and_keeps_the_persons_text() -> None:
+    first = merge_trainer("", trainers()).replace("---\n\n<!--", "---\n\nAbove.\n\n<!--", 1) + "\nBelow.\n"
+    first = first.replace("license: mit\n", "license: apache-2.0 # mine\nlanguage: de\n", 1)
+    second = merge_trainer(first, trainers(0.25, license="gpl-3.0", base_model="someone/other", datasets=["d"]))
+    assert "\n\nAbove.\n\n<!-- hf_sparse:trainer:begin -->\n" in second
+    assert second.endswith(f"Loss: 0.25\n{end(TRAINER)}\n\nBelow.\n")
+    assert "0.5" not in second
+    assert "license: apache-2.0 # mine\nlanguage: de\n" in second  # a person's stay
+    values = header_of(second)
+    assert (values["base_model"], values["datasets"]) == (
+        "someone/other",
+        ["d"],
+    )  # the Trainer's are renewed, absent ones filled
+    assert [metric["value"] for result in values["model-index"][0]["results"] for metric in result["metrics"]] == [0.25]
+    third = merge_trainer(second, trainers(0.125, base_model="someone/other", datasets=None))
+    assert "datasets" not in header_of(third)
+    assert header_of(third)["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("existing", [*OTHERS.values(), "---\n[1\n---\nText.\n", "\ufeff# x", EXAMPLE])
+def test_a_readme_without_the_trainers_part_stays_to_the_letter(existing: str) -> None:
+    assert merge_trainer(existing, trainers()) == existing
+
+
+def test_trainers_part_and_our_section_stand_side_by_side() -> None:
+    card = card_of(evaluations=[MEASURED])
+    text = card.merged_into(merge_trainer("", trainers()))
+    assert text.index(end(TRAINER)) < text.index(BEGIN)
+    assert header_of(text)["tags"] == ["generated_from_trainer", "hf_sparse", "sparse", "pruned", "2:4"]
+    for _ in range(2):
+        text = card_of(evaluations=[dataclasses.replace(MEASURED, sparse=11.0)]).merged_into(
+            merge_trainer(text, trainers(0.25))
+        )
+    assert text.count(BEGIN) == text.count(begin(TRAINER)) == 1
+    found = ModelCard(text).data.eval_results
+    assert sorted((result.metric_type, result.metric_value) for result in found) == [
+        ("loss", 0.25),
+        ("perplexity", 11.0),
+    ]
+    assert text == card_of(evaluations=[dataclasses.replace(MEASURED, sparse=11.0)]).merged_into(
+        merge_trainer(text, trainers(0.25))
+    )
+
+
+@pytest.mark.parametrize(
+    ("generated", "base", "license_name"),
+    [
+        (None, "someone/pruned", "mit"),  # counted as a person's
+        ({"base_model": "someone/pruned", "license": "mit"}, "someone/base", "mit"),  # ours has no license
+        ({"base_model": "other"}, "someone/pruned", "mit"),
+    ],
+)
+def test_header_values_that_a_program_wrote_give_way_to_ours(generated: Any, base: str, license_name: str) -> None:
+    merged = header_of(merge(merge_trainer("", trainers()), card_of().content, generated=generated))
+    assert (merged["base_model"], merged["license"]) == (base, license_name)
+    assert ("base_model_relation" in merged) == (base == "someone/base")
+    assert "generated_from_trainer" in merged["tags"]
+
+
+def test_a_persons_results_stay_beside_the_trainers() -> None:
+    first = merge_trainer("", trainers())
+    values = header_of(first)
+    (result,) = values["model-index"][0]["results"]
+    other = {**copy.deepcopy(result), "dataset": {"name": "mine", "type": "mine"}}  # the same figure on other data
+    result["metrics"].append({"type": "bleu", "value": 1.0})
+    values["model-index"][0]["results"].append(other)
+    text = f"---\n{yaml.safe_dump(values)}---\n{header.split(first)[1]}"
+    found = ModelCard(merge_trainer(text, trainers(0.25))).data.eval_results
+    assert sorted((result.dataset_name, result.metric_type, result.metric_value) for result in found) == [
+        ("d", "bleu", 1.0), ("d", "loss", 0.25), ("mine", "loss", 0.5),
+    ]  # fmt: skip
+
+
+def test_a_trainers_text_without_a_header() -> None:
+    merged = merge_trainer("", "# out\n")
+    assert header.split(merged) == ("", merged.removeprefix("---\n\n---\n"))
+    assert merge_trainer(merged, "# out\n") == merged
+    assert header_of(merge_trainer(merged, trainers()))["license"] == "mit"
+
+
+def test_the_trainers_part_cannot_be_ended_by_a_name() -> None:
+    nasty = trainers() + f"\n{end(TRAINER)}\n{BEGIN}\nx\n{END}\n"
+    merged = merge_trainer("", nasty)
+    assert (merged.count(end(TRAINER)), merged.count(BEGIN)) == (1, 0)
+    assert merge_trainer(merged, nasty) == merged
+
+
+def test_what_transformers_writes_is_merged(tmp_path: Path) -> None:
+    trainer = Trainer(llama(), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    trainer.create_model_card(license="mit", tags=["mine"])
+    generated = read(tmp_path)
+    merged = merge_trainer("", generated)
+    assert merge_trainer(merged, generated) == merged
+    assert ModelCard(merged).data.to_dict() == ModelCard(generated).data.to_dict()
+    assert ModelCard(generated).text.strip() in merged
+
+
+# ---------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture(scope="module")
+def sparse_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sparse") / "base_2to4"
+    pruned_llama().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: llama3\n---\n")
+    return folder
+
+
+def adapted(folder: Path, config: Any = None, name: str = "default") -> Any:
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    return peft.get_peft_model(base, config or peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]), name)
+
+
+def zeros_below(model: Any, *endings: str) -> int:
+    return sum(
+        int((parameter == 0).sum())
+        for name, parameter in pruned_llama().named_parameters()
+        if any(f"{ending}.weight" in name for ending in endings)
+    )
+
+
+LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.mark.parametrize(
+    ("config", "masked", "row", "said"),
+    [
+        (LORA, True, "| `default` | `LORA` | 4 | 4 | yes | {lost:,} |", "Masked (`default`)"),
+        (LORA, False, "| `default` | `LORA` | 4 | 4 | no | {lost:,} |", "Not masked (`default`)"),
+        (peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]), False,
+         "| `default` | `IA3` | none | 4 | no | 0 |", "merging it fills in no zero of the base"),
+    ],
+)  # fmt: skip
+def test_what_an_adapter_card_tells(sparse_folder: Path, config: Any, masked: bool, row: str, said: str) -> None:
+    model = adapted(sparse_folder, config)
+    if masked:
+        mask_lora_(model)
+    card = SparseAdapterCard.of_model(model)
+    lost = zeros_below(model, "q_proj", "down_proj")
+    assert row.format(lost=lost) in card.text
+    assert lost > 0
+    assert "| Base | `base_2to4` |" in card.text
+    assert "| Pattern | `2:4` |" in card.text
+    zeros = sum(zeros for zeros, _ in checkpoint.count(pruned_llama()).values())
+    assert f"| Zeros in the pruned sites | {zeros:,} of {2 * zeros:,} (50.00 %) |" in card.text
+    sayings = ("Masked (`default`)", "Not masked (`default`)", "merging it fills in no zero of the base")
+    assert [saying for saying in sayings if saying in card.text] == [said]
+    assert ("mask_lora_(model)\n" in card.text) == masked
+    assert str(sparse_folder.parent) not in card.content
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_figures_of_an_adapter_card_hold(sparse_folder: Path, tmp_path: Path, masked: bool) -> None:
+    model = adapted(sparse_folder)
+    torch.nn.init.normal_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    for layer in model.base_model.model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.lora_B["default"].weight)
+        torch.nn.init.normal_(layer.mlp.down_proj.lora_B["default"].weight)
+    if masked:
+        mask_lora_(model)
+    text = SparseAdapterCard.of_model(model).text
+    model.save_pretrained(tmp_path)
+    before = checkpoint.count(model)
+    told = int(re.search(r"\| (?:yes|no) \| ([\d,]+) \|", text)[1].replace(",", ""))  # type: ignore[index]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = AutoModelForCausalLM.from_pretrained(sparse_folder)
+        merged = peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    after = checkpoint.count(merged)
+    assert sum(zeros for zeros, _ in before.values()) - sum(zeros for zeros, _ in after.values()) == told
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_snippets_of_an_adapter_card_run(sparse_folder: Path, tmp_path: Path, masked: bool) -> None:
+    model = adapted(sparse_folder)
+    if masked:
+        mask_lora_(model)
+    model.save_pretrained(tmp_path / "adapter")
+    snippets = re.findall(r"```python\n(.*?)```", SparseAdapterCard.of_model(model).text, re.DOTALL)
+    program = "\n".join(snippets).replace("PATH_OR_REPOSITORY", str(tmp_path / "adapter"))
+    program = program.replace('"base_2to4"', repr(str(sparse_folder))).replace("MERGED", str(tmp_path / "merged"))
+    exec(program, {})
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert checkpoint.count(back) == checkpoint.count(pruned_llama())
+
+
+def test_adapters_of_several_names(sparse_folder: Path, tmp_path: Path) -> None:
+    model = adapted(sparse_folder, name="first")
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    mask_lora_(model, "second")
+    card = SparseAdapterCard.of_model(model)
+    assert f"| `first` | `LORA` | 4 | 4 | no | {zeros_below(model, 'q_proj', 'down_proj'):,} |" in card.text
+    assert f"| `second` | `LORA` | 2 | 2 | yes | {zeros_below(model, 'v_proj'):,} |" in card.text
+    assert "Masked (`second`)" in card.text
+    assert "Not masked (`first`)" in card.text
+    model.save_pretrained(tmp_path / "adapter")
+    snippet = block_of(card.text, "python").replace("PATH_OR_REPOSITORY", str(tmp_path / "adapter"))
+    names: dict[str, Any] = {}
+    exec(snippet.replace('"base_2to4"', repr(str(sparse_folder))), names)
+    assert sorted(names["model"].peft_config) == ["first", "second"]
+    assert SparseAdapterCard.of_model(names["model"]).text == card.text
+
+
+def test_the_header_of_an_adapter_card_is_data(sparse_folder: Path) -> None:
+    model = adapted(sparse_folder)
+    local = ModelCard(SparseAdapterCard.of_model(model).content).data
+    assert (local.library_name, local.base_model, local.license) == ("peft", None, "llama3")
+    assert (local.tags, local.pipeline_tag) == (["hf_sparse", "sparse", "lora"], "text-generation")
+    model.peft_config["default"].base_model_name_or_path = "someone/sparse"
+    remote = ModelCard(SparseAdapterCard.of_model(model).content).data
+    assert (remote.base_model, remote["base_model_relation"]) == ("someone/sparse", "adapter")
+    assert remote.tags == ["hf_sparse", "sparse", "lora", "base_model:adapter:someone/sparse"]
+
+
+@pytest.mark.parametrize("base", ["local", "someone/sparse"])
+def test_what_peft_writes_is_kept_but_for_a_folder(sparse_folder: Path, tmp_path: Path, base: str) -> None:
+    model = adapted(sparse_folder)
+    if base != "local":
+        model.peft_config["default"].base_model_name_or_path = model.config._name_or_path = base
+        model.get_base_model().name_or_path = base
+    model.save_pretrained(tmp_path)
+    written = read(tmp_path)
+    assert ("base_model: someone/sparse" in written) or str(sparse_folder) in written
+    card = SparseAdapterCard.of_model(model, file_hashes=hashes_of(tmp_path))
+    merged = card.merged_into(written)
+    assert ModelCard(written).text.strip() in merged
+    data = ModelCard(merged).data
+    assert data.base_model == (None if base == "local" else base)
+    assert data.tags is not None
+    assert set(data.tags) >= {"hf_sparse", "sparse", "lora", "transformers"}
+    assert str(sparse_folder) not in merged.replace("\\", "/")
+    assert card.merged_into(merged) == merged
+    assert file_hashes(merged) == hashes_of(tmp_path)
+    assert write_card(tmp_path, card) is False  # PEFT's README has no section of ours, so it counts as a person's
+
+
+def test_a_base_that_was_pruned_in_memory_is_told_of() -> None:
+    model = llama()
+    model.config._name_or_path = model.name_or_path = "someone/dense"
+    prune_(model, SparsityConfig(pattern="2:4", metric="magnitude"))
+    card = SparseAdapterCard.of_model(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])))
+    assert "The base is not what this name gives" in card.text
+    assert "| Base | `someone/dense`, pruned |" in card.text
+    unnamed = peft.get_peft_model(pruned_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    assert "The base has no name" in SparseAdapterCard.of_model(unnamed).text
+
+
+def test_adapters_that_transformers_added(sparse_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(sparse_folder)
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    lost = zeros_below(model, "q_proj")
+    assert f"| `default` | `LORA` | 4 | 2 | no | {lost:,} |" in SparseAdapterCard.of_model(model).text
+
+
+def test_names_in_an_adapter_card_are_neutralised(sparse_folder: Path) -> None:
+    model = adapted(sparse_folder)
+    nasty = NASTY.replace(".", "")
+    model.peft_config[nasty] = model.peft_config["default"]
+    model.peft_config["default"].base_model_name_or_path = NASTY
+    report = checkpoint.report(model)
+    assert report is not None
+    report.config = {**report.config, "pattern": NASTY, "metric": NASTY}
+    card = SparseAdapterCard.of_model(model, base_card=f"---\nlicense: {NASTY!r}\n---\n", file_hashes={NASTY: "0" * 64})
+    card.content.encode("utf-8")
+    assert card.content.partition("\n---\n")[2].count(END) == 1
+    prose = re.sub(r"<!--.*-->", "", outside_code(card.text))
+    for active in ("<script", "# top", "$$", "*bold*", "https://", "\u202e"):
+        assert active not in prose, active
+
+
+def test_adapter_cards_of_other_models_are_refused() -> None:
+    with pytest.raises(ModelError, match="not sparse"):
+        SparseAdapterCard.of_model(peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])))
+    with pytest.raises(ModelError, match="has no adapters"):
+        SparseAdapterCard.of_model(pruned_llama())

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub.client import Hub
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,8 +23,8 @@ def test_the_readme_has_the_two_commands_and_snippets() -> None:
 
 
 @pytest.mark.slow
-def test_every_snippet_runs(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+def test_every_snippet_runs(hub: Hub, tmp_path: Path) -> None:
+    environment = {**os.environ, **hub.settings(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     for kind, code in BLOCKS:
         if any(command in code for command in SETS_UP):
             continue
@@ -38,6 +39,8 @@ def test_every_snippet_runs(tmp_path: Path) -> None:
     assert (tmp_path / "sparse-model" / "README.md").is_file()
     assert (tmp_path / "pruned" / "hf_sparse_report.json").is_file()
     assert (tmp_path / "depth.png").is_file()
+    assert {"README.md", "model.safetensors", "tokenizer.json"} <= hub.files("user/sparse-model").keys()
+    assert {"README.md", "model.safetensors", "tokenizer.json"} <= hub.files("user/sparse-model", "v1").keys()
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))

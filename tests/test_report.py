@@ -10,6 +10,7 @@ import pytest
 from test_recovery import make_recovery, nested
 
 from hf_sparse import SparsityConfig
+from hf_sparse.checkpoint import claim
 from hf_sparse.errors import CheckpointError
 from hf_sparse.report import FILE_NAME, FORMAT, BlockReport, Report, SiteReport, percent
 
@@ -282,3 +283,76 @@ def test_a_missing_or_far_too_large_file_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys.modules["hf_sparse.report"], "_LARGEST_FILE", 100)
     with pytest.raises(CheckpointError, match="larger than"):
         Report.load(tmp_path)
+
+
+def test_orders_of_millions_of_channels_are_read() -> None:
+    order = list(range(28_672))
+    orders = {f"model.layers.{index}.mlp": order for index in range(80)}  # of a model of 70 billion weights
+    assert Report.from_dict({**report().to_dict(), "permutations": orders}).permutations == orders
+    with pytest.raises(CheckpointError, match="permutations is"):
+        Report.from_dict({**report().to_dict(), "permutations": {**orders, "last": [*order, 2**63]}})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("parameters", -1), ("blocks.0.zeros", -1), ("blocks.0.sites.0.zeros", -(2**40)), ("blocks.1.all_matrices", -1)],
+)
+def test_counts_below_0_are_refused(path: str, value: int) -> None:
+    with pytest.raises(CheckpointError, match=f"{path.rpartition('.')[2]} is {value}, which is less than 0"):
+        Report.from_dict(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"config": {}, "config": {}}', "'config' stands twice"), (b'{"seconds": NaN}', "seconds is nan"),
+        (b'{"seconds": -Infinity}', "seconds is -inf"), (b'{"parameters": 1' + b"0" * 5000 + b"}", "4300 digits"),
+        (b'{"notes": ["' + b"x" * (2**20 + 1) + b'"]}', r"notes\[0\] is longer than 1048576 letters"),
+        (b"[" * 10**6, "lists and mappings|not valid JSON"), (b'{"a":' * 10**5 + b"1" + b"}" * 10**5, "not valid JSON"),
+        (b'{"left_out": ' + b"[" * 30 + b"]" * 30 + b"}", "nested too deeply"),
+    ],
+    ids=lambda value: repr(value[:20]),
+)  # fmt: skip
+def test_files_made_to_do_harm_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Report.load(tmp_path)
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["\x1b[31m", "a\nnote: b", "\u202e", "\ud800", "\x9b", "x" * 10_000], ids=ascii)
+def test_texts_of_a_file_cannot_act_on_a_terminal(text: str) -> None:
+    data = dict.fromkeys(("source", "samples", "tokens", "batch_size", "fingerprint"), text)
+    of_block = block(0, name=text, sites=[site(text, 0, pattern=text, axis=text, metric=text), site("b", 0)])
+    given = report(model_class=text, notes=[text], calibration=data, blocks=[of_block, block(1)],
+                   config={"pattern": "2:4", "metric": text, "update": [text, 5]})  # fmt: skip
+    lines = str(given).splitlines()
+    assert all(line.isprintable() and len(line) < 4000 for line in lines)
+    usual = [*given.notes, *given.blocks, "the model", "the heading", "tensor cores", "calibration", "seconds"]
+    assert len(lines) == len(usual)
+
+
+@pytest.mark.parametrize("updates", [None, 5, {}, [], [None], {"a": 1}], ids=repr)
+def test_any_update_in_a_config_is_printed(updates: Any) -> None:
+    assert "2:4 wanda" in str(report(config={"pattern": "2:4", "metric": "wanda", "update": updates}))
+
+
+def test_no_secret_is_told() -> None:
+    secret = "hf_" + "aB3" * 12
+    address = f"https://me:{secret}@host/data?token={secret}"
+    config = SparsityConfig(calibration=address)
+    assert config.calibration == address
+    given = report(
+        config=config.to_dict(), model=address, notes=[address], calibration={**report().calibration, "source": address},
+        evaluations=[{"text": address}], recoveries=[make_recovery(data=address, settings={"teacher": [address]})],
+    )  # fmt: skip
+    told = [
+        repr(config),
+        json.dumps(config.to_dict()),
+        str(given),
+        json.dumps(given.to_dict()),
+        str(given.recoveries[0]),
+    ]
+    told.append(json.dumps(claim(given)))
+    assert [text for text in told if secret in text or "me:" in text] == []
+    assert "https://***@host/data?token=***" in given.to_dict()["model"]

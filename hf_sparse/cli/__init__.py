@@ -4,17 +4,22 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from hf_sparse import environment
+from hf_sparse.cli.output import OutputClosed, guarded, stop_writing
 from hf_sparse.errors import HfSparseError
+from hf_sparse.text import one_line, printable
 
-# Exit codes that scripts can rely on; argparse itself ends with 2 for words that it does not understand.
-OK, FAILED, INTERRUPTED = 0, 1, 130
+# Exit codes that scripts can rely on; argparse itself ends with 2 for words that it does not understand, and a shell tells of a
+# program that was stopped because nobody read its output with 141.
+OK, FAILED, INTERRUPTED, UNREAD = 0, 1, 130, 141
+_LONGEST_ERROR = 2000
 
 
 def _parser() -> argparse.ArgumentParser:
-    from hf_sparse.cli import compare, demo, evaluate, inspect, methods, prune, recover
+    from hf_sparse.cli import compare, demo, evaluate, inspect, methods, prune, push, recover, verify
 
     parser = argparse.ArgumentParser(
         prog="hf-sparse",
@@ -29,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         "compare": compare,
         "evaluate": evaluate,
         "inspect": inspect,
+        "push": push,
+        "verify": verify,
         "methods": methods,
     }.items():
         summary = (module.__doc__ or "").splitlines()[0]
@@ -41,15 +48,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; errors of the user's making are one line on stderr and exit code 1."""
+    words = sys.argv[1:] if words is None else words
+    try:
+        with guarded(words):
+            return _run(words)
+    except OutputClosed:
+        stop_writing()
+        return UNREAD
+
+
+def _run(words: Sequence[str]) -> int:
     try:
         arguments = _parser().parse_args(words)  # imports torch and Transformers, which takes seconds
         try:
             return arguments.run(arguments) or OK
-        except HfSparseError as error:
-            return _failed(arguments, error)
+        except OutputClosed:
+            raise
         except Exception as error:  # a missing or damaged model, a full disk: every library has errors of its own
-            if os.environ.get("HF_SPARSE_TRACEBACK"):
-                raise
             return _failed(arguments, error)
     except KeyboardInterrupt:
         print("interrupted; nothing was written to the destination.", file=sys.stderr)
@@ -58,9 +73,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _failed(arguments: argparse.Namespace, error: Exception) -> int:
     lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
-    if not isinstance(error, HfSparseError | OSError):
-        lines[0] = f"{type(error).__name__}: {lines[0]} (HF_SPARSE_TRACEBACK=1 shows where)"
+    if not isinstance(error, HfSparseError):
+        if os.environ.get("HF_SPARSE_TRACEBACK"):
+            print(printable(traceback.format_exc()), end="", file=sys.stderr)
+        elif not isinstance(error, OSError):
+            lines[0] = f"{type(error).__name__}: {lines[0]} (HF_SPARSE_TRACEBACK=1 shows where)"
+    line = one_line(lines[0], _LONGEST_ERROR)
     if arguments.json:
-        print(json.dumps({"error": lines[0], "kind": type(error).__name__}))
-    print(f"hf-sparse {arguments.command}: error: {lines[0]}", file=sys.stderr)
+        print(json.dumps({"error": line, "kind": type(error).__name__}))
+    print(f"hf-sparse {arguments.command}: error: {line}", file=sys.stderr)
     return FAILED

@@ -10,10 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse import embedded, stdlib_text
-from hf_sparse.cli.prune import measured_pair
 from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config import SparsityConfig
-from hf_sparse.evaluate import Measurement, evaluate
+from hf_sparse.evaluate import Measurement, as_evaluation, evaluate
 from hf_sparse.prune import prune_
 from hf_sparse.report import Report, recipe_words
 
@@ -54,7 +53,7 @@ def _prune(
     )  # fmt: skip
     report = prune_(model, config, tokenizer)
     sparse = evaluate(model, "stdlib:evaluation", tokenizer=tokenizer, window=512, max_windows=arguments.windows)
-    report.evaluations.append(measured_pair(dense, sparse))
+    report.evaluations.append(as_evaluation(sparse, dense))
     return model, report
 
 

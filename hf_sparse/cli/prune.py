@@ -11,7 +11,7 @@ from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config import SparsityConfig
 from hf_sparse.config.serialise import mapping, read_fields, read_value
 from hf_sparse.errors import ConfigError
-from hf_sparse.evaluate import Measurement, evaluate
+from hf_sparse.evaluate import as_evaluation, evaluate
 from hf_sparse.prune import prune_
 
 
@@ -116,14 +116,6 @@ def build_config(arguments: argparse.Namespace) -> SparsityConfig:
     return SparsityConfig.from_dict(values)
 
 
-def measured_pair(dense: Measurement, sparse: Measurement) -> dict[str, Any]:
-    """Two measurements of the same text as the report keeps them."""
-    return {
-        "dense": dense.value, "sparse": sparse.value, "metric": sparse.metric, "window": sparse.window, "stride": sparse.stride,
-        "text": sparse.text, "fingerprint": sparse.fingerprint, "tokens": sparse.tokens,
-    }  # fmt: skip
-
-
 def run(arguments: argparse.Namespace) -> None:
     config = build_config(arguments)
     sources = [model_name(arguments), arguments.config, config.calibration, arguments.evaluate]
@@ -143,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
     dense = evaluate(model, arguments.evaluate, **measuring) if arguments.evaluate else None
     report = prune_(model, config, processor, tokenizer_options=hub_options(arguments))
     if dense is not None:
-        report.evaluations.append(measured_pair(dense, evaluate(model, arguments.evaluate, **measuring)))
+        report.evaluations.append(as_evaluation(evaluate(model, arguments.evaluate, **measuring), dense))
     with complete_folder(arguments.destination, arguments.overwrite) as folder:
         if processor is not None:
             processor.save_pretrained(folder)

@@ -15,7 +15,7 @@ from hf_sparse.cli.training import Plan, check_kind, restore_, training_device, 
 from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config.serialise import whole
 from hf_sparse.errors import ConfigError, ModelError
-from hf_sparse.evaluate import Measurement, evaluate
+from hf_sparse.evaluate import Measurement, as_evaluation, evaluate
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +219,7 @@ def _write(arguments: argparse.Namespace, model: Any, processor: Any, figures: d
 
     known = report(model)
     if known is not None and figures:
-        known.add_evaluation(_evaluation(figures))
+        known.add_evaluation(as_evaluation(figures["after"], figures.get("dense"), figures["before"]))
         if known.recoveries:
             entry, after = known.recoveries[-1], figures["after"]
             entry.metric, entry.before, entry.after = after.metric, figures["before"].value, after.value
@@ -238,13 +238,3 @@ def _write(arguments: argparse.Namespace, model: Any, processor: Any, figures: d
     for name, figure in figures.items():
         print(f"{name}: {figure.metric} {figure.value:.4f} on {figure.text}, windows of {figure.window} tokens")
     print(f"written to {arguments.destination}")
-
-
-def _evaluation(figures: dict[str, Measurement]) -> dict[str, Any]:
-    """The three measurements as the report keeps them."""
-    after = figures["after"]
-    return {
-        "dense": figures["dense"].value if "dense" in figures else None, "sparse": after.value, "before_recovery": figures["before"].value,
-        "metric": after.metric, "window": after.window, "stride": after.stride, "text": after.text, "fingerprint": after.fingerprint,
-        "tokens": after.tokens,
-    }  # fmt: skip

@@ -9,9 +9,13 @@ from typing import Any, Self
 
 import yaml
 
-from hf_sparse.errors import ConfigError, unknown
+from hf_sparse.errors import CheckpointError, ConfigError, unknown
+from hf_sparse.schema import check_plain, parse_json
 
 FILE_NAME = "sparsity_config.json"
+# A share for each of some ten thousand experts' matrices fits in; PyYAML needs half a minute for this much.
+_LARGEST_JSON, _LARGEST_YAML = 16 * 2**20, 2 * 2**20
+_MOST_ALIASES = 20  # each may double what a document holds
 
 
 def whole(name: str, value: object, least: int, otherwise: str = "") -> None:
@@ -48,6 +52,14 @@ class _Loader(yaml.SafeLoader):
         if kind is yaml.ScalarNode and isinstance(value, str) and re.fullmatch(r"\d+:\d+", value):
             return self.DEFAULT_SCALAR_TAG
         return super().resolve(kind, value, implicit)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._aliases += self.check_event(yaml.AliasEvent)
+        if self._aliases > _MOST_ALIASES:
+            raise yaml.YAMLError(f"more than {_MOST_ALIASES} aliases")
+        return super().compose_node(parent, index)
+
+    _aliases = 0  # met so far in a document
 
 
 _Loader.add_implicit_resolver(
@@ -99,15 +111,27 @@ class Serialisable:
 
 
 def read_file(path: str | Path) -> Any:
-    """What a JSON or YAML file holds; raises ConfigError where it cannot be read."""
+    """What a JSON or YAML file holds, as plain data; raises ConfigError where it cannot be read or is far too large."""
     file = Path(path)
+    is_yaml = file.suffix in {".yaml", ".yml"}
+    most = _LARGEST_YAML if is_yaml else _LARGEST_JSON
     try:
-        text = file.read_text(encoding="utf-8")
-        return yaml.load(text, _Loader) if file.suffix in {".yaml", ".yml"} else json.loads(text)
+        with file.open("rb") as stream:
+            data = stream.read(most + 1)
+        if len(data) > most:
+            raise ConfigError(f"{str(file)!r} is larger than {most} bytes; that is no configuration.")
+        values = yaml.load(data.decode("utf-8"), _Loader) if is_yaml else parse_json(data, "the file")
+    except ConfigError:
+        raise
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {str(file)!r}: {error.strerror}.") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{str(file)!r} is not valid JSON or YAML: {error}") from error
+    try:
+        check_plain(values, f"the configuration {str(file)!r}")
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    return values
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hf_sparse.config.serialise import Serialisable, known_version, mapping, who
 from hf_sparse.errors import CalibrationError, ConfigError, unknown
 from hf_sparse.patterns import AXES, Pattern
 from hf_sparse.registry import ALLOCATIONS, METRICS, UPDATES
+from hf_sparse.text import without_secrets
 
 # What reached the lowest perplexity for its time, on both models and all calibration draws of docs/quality.md.
 _BEST_METRIC, _BEST_UPDATES = "wanda", ("dense_stream", "admm")
@@ -208,7 +209,10 @@ class SparsityConfig(Serialisable):
         return share
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as plain data; calibration data in memory become None, their fingerprint is in the report."""
+        """Every field as plain data; calibration data in memory become None, their fingerprint is in the report.
+
+        Tokens and passwords in the name of the calibration data are taken out, as this is what files and cards show.
+        """
         values = super().to_dict()
         named = isinstance(self.calibration, str | Path)
         listed = {
@@ -223,7 +227,7 @@ class SparsityConfig(Serialisable):
         return {
             **values,
             **listed,
-            "calibration": str(self.calibration) if named else None,
+            "calibration": without_secrets(str(self.calibration)) if named else None,
             "options": {name: dict(given) for name, given in self.options.items()},
             "predictor": self.predictor.to_dict() if self.predictor else None,
         }
@@ -240,6 +244,10 @@ class SparsityConfig(Serialisable):
         raise ConfigError(
             f"a sparsity configuration cannot be a {type(value).__name__}; give a SparsityConfig, a dict or a path."
         )
+
+    def __repr__(self) -> str:
+        fields = (f"{item.name}={getattr(self, item.name)!r}" for item in dataclasses.fields(self))
+        return without_secrets(f"{type(self).__name__}({', '.join(fields)})")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparsityConfig":
         # Auto classes deep-copy their keyword arguments; generators cannot be copied and data sets must not be.
