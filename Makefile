@@ -9,6 +9,8 @@ DEV_STAMP := $(VENV)/.installed-dev
 # unless an index of CPU builds is given. `make test-lowest LOWEST_TORCH=torch==2.6.0` takes the oldest one.
 LOWEST_TORCH ?= torch==2.13.0
 PYTEST_FLAGS ?=
+# Tests run in so many processes, each with one thread.
+JOBS ?= 2
 
 .PHONY: demo test test-slow test-lowest benchmark lint format constraints clean
 .DELETE_ON_ERROR:
@@ -17,11 +19,11 @@ demo: $(RUN_STAMP)
 	$(BIN)/hf-sparse demo --overwrite
 
 test: $(RUN_STAMP)
-	$(BIN)/python -m pytest -m "not slow" --session-timeout=840 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" --session-timeout=840 $(PYTEST_FLAGS)
 
 # pytest exits with 5 when no test is marked slow; that is no failure.
 test-slow: $(RUN_STAMP)
-	$(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_FLAGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n $(JOBS) -m slow --timeout=1800 $(PYTEST_FLAGS) || [ $$? -eq 5 ]
 
 benchmark: $(RUN_STAMP)
 	$(BIN)/python tests/benchmarks/pruning.py

@@ -109,6 +109,7 @@ class _Work:
         self._window = min(512, longest or 512) if window is None else window
         self._shared = Shared(tokenizer, options)
         self._text = Samples([], "", "", 0)
+        self._most: int | None = None  # windows of it
 
     def calibration(self, recipe: Recipe) -> Samples | None:
         """Read what a recipe calibrates on, so that what is missing is said before anything runs."""
@@ -136,14 +137,14 @@ class _Work:
                 f"{len(common)} of the texts in {found.source} are calibrated on, so figures on it would flatter; measure on other "
                 "text, or allow it explicitly."
             )
-        self._text = replace(found, rows=found.rows[:most])
+        self._text, self._most = replace(found, rows=found.rows[:most]), most
 
     def measure(self) -> Measurement:
         """The model as it is now, on the text; the text of a model was compared with its calibration's before."""
         found = evaluate(
             self._model, self._text.rows, tokenizer=self._tokenizer, window=self._window, same_text_allowed=True
         )
-        return replace(found, text=self._text.source)
+        return replace(found, text=self._text.source, max_windows=self._most)
 
     def run(self, recipe: Recipe, row: Row, dense: "_Dense") -> None:
         """Prune, measure and make dense again; the row gets the draw, or the reason why there is none."""
