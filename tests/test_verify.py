@@ -495,11 +495,21 @@ def test_a_file_that_a_report_names_is_not_opened_unless_it_is_given(
     assert [(row.status, "give --text" in row.reason) for row in rows] == [(NOT_CHECKED, True)]
 
 
-def test_another_number_format_is_measured_without_changing_the_weights(made: Path, out: Path) -> None:
-    found = verify(out, evaluate=True, texts=[made / TEXT], dtype="bfloat16", tolerance=0.1)
+def test_a_number_format_is_that_of_its_figure_and_leaves_the_weights_as_they_are(made: Path, out: Path) -> None:
+    def change(report: dict[str, Any]) -> None:
+        report["evaluations"].insert(0, {**report["evaluations"][0], "dtype": "bfloat16"})
+
+    change_report(out, change)
+    forge(out)
+    found = verify(out, evaluate=True, texts=[made / TEXT], tolerance=0.1)
     assert found.agrees, str(found)
-    values = [row.found for row in found.rows if row.check == "evaluation" and row.item.endswith("sparse")]
-    assert values != [Report.load(out).evaluations[0]["sparse"]]
+    narrow, wide = [row for row in found.rows if row.check == "evaluation" and row.item.endswith(", sparse")]
+    assert narrow.found != narrow.claimed
+    assert wide.found == wide.claimed
+    given = verify(out, evaluate=True, texts=[made / TEXT], tolerance=0.1, dtype="bfloat16")
+    assert [row.found for row in given.rows if row.check == "evaluation" and row.item.endswith(", sparse")] == [
+        narrow.found
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -565,8 +575,9 @@ def test_a_damaged_download_is_found(published: Hub) -> None:
 
 
 def test_a_damaged_file_of_any_kind_is_taken_out_of_the_cache(published: Hub) -> None:
-    published.fault("GET", r"/resolve/.*/tokenizer_config\.json", corrupt=-1)
-    assert [row.item for row in differing(verify(REPOSITORY))["files"]] == ["tokenizer_config.json (Hub, git)"]
+    published.edit(REPOSITORY, "vocab.txt", "the\ncat\n")  # no file that loading would look at
+    published.fault("GET", r"/resolve/.*/vocab\.txt", corrupt=-1)
+    assert [row.item for row in differing(verify(REPOSITORY))["files"]] == ["vocab.txt (Hub, git)"]
     assert verify(REPOSITORY).agrees
 
 

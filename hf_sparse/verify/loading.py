@@ -21,6 +21,7 @@ class Loaded:
     """A model, and the names of its tensors that the files did not hold or held in another shape."""
 
     model: Any
+    folder: Path
     missing: frozenset[str]
     unexpected: frozenset[str]
 
@@ -39,7 +40,9 @@ def load_as(kind: Any, folder: Path, *, dtype: Any = "auto", **options: Any) -> 
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
     )
     wrong = {entry[0] for entry in told.get("mismatched_keys", ())}
-    return Loaded(model.eval(), frozenset(told["missing_keys"]) | wrong, frozenset(told["unexpected_keys"]) - wrong)
+    return Loaded(
+        model.eval(), folder, frozenset(told["missing_keys"]) | wrong, frozenset(told["unexpected_keys"]) - wrong
+    )
 
 
 def model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -4,13 +4,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from hf_sparse.errors import CheckpointError, HfSparseError
 from hf_sparse.evaluate import Measurement, evaluate
 from hf_sparse.text import one_line
 from hf_sparse.verify.base import Base
-from hf_sparse.verify.loading import DTYPES
+from hf_sparse.verify.loading import DTYPES, Loaded, load_as
 from hf_sparse.verify.rows import AGREES, DIFFERS, Row, compared, skipped
 from hf_sparse.verify.subject import Subject
 
@@ -40,18 +38,18 @@ def _one(subject: Subject, base: Base, told: Any, tokenizer: Any) -> Iterator[Ro
         reason = "the text is not known here; give --text with the path of a file of that name"
         yield skipped(CHECK, name, reason, told.sparse)
         return
-    for which, model, missing, value in (
-        ("sparse", subject.model, "", told.sparse),
-        ("dense", base.loaded.model if base.loaded else None, base.reason, told.dense),
+    for which, loaded, missing, value in (
+        ("sparse", subject.loaded, "", told.sparse),
+        ("dense", base.loaded, base.reason, told.dense),
     ):
         item = f"{name}, {which}"
         if value is None:
             continue
-        if model is None:
+        if loaded is None:
             yield skipped(CHECK, item, missing, value)
             continue
         try:
-            found = _measure(subject, model, told, text, tokenizer)
+            found = _measure(subject, loaded, told, text, tokenizer)
         except (HfSparseError, OSError, RuntimeError) as error:
             yield skipped(CHECK, item, f"it cannot be measured here: {one_line(error, 200)}", value)
             continue
@@ -88,23 +86,16 @@ def windows_of(told: Any) -> int | None:
     return int(number) if number > 0 and not left else None
 
 
-def _measure(subject: Subject, model: nn.Module, told: Any, text: str, tokenizer: Any) -> Measurement:
+def _measure(subject: Subject, loaded: Loaded, told: Any, text: str, tokenizer: Any) -> Measurement:
+    model = loaded.model
     wanted = DTYPES.get(subject.options.dtype or told.dtype)
-    own = getattr(model, "dtype", None)
-    changes = wanted is not None and own is not None and wanted != own
-    # Widening and going back is exact; narrowing is not, so the weights as they were come back afterwards.
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()} if changes else {}
-    try:
-        if changes:
-            model.to(wanted)
-        return evaluate(
-            model, text, tokenizer=tokenizer, window=told.window, stride=told.stride if told.stride != told.window else None,
-            max_windows=windows_of(told), seed=told.seed or 0, same_text_allowed=True,
-        )  # fmt: skip
-    finally:
-        if changes:
-            model.to(own)
-            model.load_state_dict(kept)
+    if wanted is not None and wanted != model.dtype:
+        # Converting the model at hand would round what a model of that format keeps wide, such as rotary frequencies.
+        model = load_as(type(model), loaded.folder, dtype=wanted).model
+    return evaluate(
+        model, text, tokenizer=tokenizer, window=told.window, stride=told.stride if told.stride != told.window else None,
+        max_windows=windows_of(told), seed=told.seed or 0, same_text_allowed=True,
+    )  # fmt: skip
 
 
 def _text(subject: Subject, name: str) -> str | None:
