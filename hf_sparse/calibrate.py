@@ -14,6 +14,7 @@ from hf_sparse import groups
 from hf_sparse.blocks import Block
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Batch, Limits, Sample, Samples, batches, read_samples, tokens_of
+from hf_sparse.data.text import is_made_up
 from hf_sparse.errors import CalibrationError
 from hf_sparse.families import Inventory
 from hf_sparse.forwards import Call, Modes, watched
@@ -61,7 +62,10 @@ def tokenizer_of(
 
         name = getattr(getattr(model, "config", None), "name_or_path", "") or getattr(model, "name_or_path", "")
         try:
-            return AutoTokenizer.from_pretrained(name, **(options or {}))
+            found = AutoTokenizer.from_pretrained(name, **(options or {}))
+            if is_made_up(found):
+                raise FileNotFoundError("no tokenizer")
+            return found
         except Exception as error:  # missing files, unknown classes, no network: the remedy is the same
             raise CalibrationError(
                 f"text needs a tokenizer, and none could be loaded from the model's own path {name!r} "

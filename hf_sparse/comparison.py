@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from hf_sparse.replace import write_whole
-from hf_sparse.report import percent
+from hf_sparse.report_text import percent
 
 FORMAT = 1
 _HEADS = ("recipe", "pattern", "zeros", "{metric}", "gap", "CPU seconds", "CPU ratio", "extra memory")

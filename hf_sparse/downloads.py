@@ -1,6 +1,5 @@
 """Files from the Hub are what the Hub says they are: the client looks at their size alone, so their hashes are compared here, once."""
 
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from hf_sparse.errors import CheckpointError
-from hf_sparse.hashes import sha256_of
+from hf_sparse.hashes import git_hash_of, sha256_of
+from hf_sparse.remote import forget
 
 _SHA256, _GIT = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
@@ -24,15 +24,24 @@ def check_downloads(snapshot: Path) -> None:
     for pointer, blob in _cached(snapshot):
         if _was_checked(blob):
             continue
-        if _hash(blob) != blob.name:
-            blob.unlink()
-            pointer.unlink()
+        found = sha256_of(blob) if _SHA256.fullmatch(blob.name) else git_hash_of(blob)
+        if found != blob.name:
             raise CheckpointError(
-                f"{pointer.name} did not arrive as the Hub has it, or was changed since; it has been removed from the cache, so load the "
-                "model again."
+                f"{pointer.name} did not arrive as the Hub has it, or was changed since; {_removed(pointer)}."
             )
         if _SHA256.fullmatch(blob.name):
             _remember(blob)
+
+
+def _removed(pointer: Path) -> str:
+    """Take a damaged file out of the cache; what to say of that."""
+    try:
+        forget(pointer)
+    except OSError:
+        return (
+            f"delete {str(pointer.resolve())!r} from the cache, which cannot be written here, and load the model again"
+        )
+    return "it has been removed from the cache, so load the model again"
 
 
 def _remember(blob: Path) -> None:
@@ -51,14 +60,6 @@ def _cached(snapshot: Path) -> Iterator[tuple[Path, Path]]:
             blob = pointer.resolve()
             if blob.is_file() and (_SHA256.fullmatch(blob.name) or _GIT.fullmatch(blob.name)):
                 yield pointer, blob
-
-
-def _hash(blob: Path) -> str:
-    if _SHA256.fullmatch(blob.name):
-        return sha256_of(blob)
-    content = blob.read_bytes()
-    # Not for secrecy: it is the name that git gives to content.
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _mark(blob: Path) -> Path:

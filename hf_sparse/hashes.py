@@ -22,6 +22,12 @@ def sha256_of(path: str | Path) -> str:
         raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}.") from error
 
 
+def git_hash_of(path: str | Path) -> str:
+    """The name that git gives to a file's content, 40 hexadecimal digits; not for secrecy. The file is read as a whole."""
+    content = Path(path).read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
 def model_files(folder: str | Path) -> list[Path]:
     """The files in a folder that hold a saved model, sorted by name: weights, the index of their shards and config.json.
 

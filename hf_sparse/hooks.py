@@ -5,9 +5,10 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -26,8 +27,16 @@ from hf_sparse.side_files import describe
 _LOCK = threading.Lock()
 _FROM_AUTO = "_hf_sparse_config"  # how our two wrappers pass the config on
 _enabled = False
-# The README of a folder that `save_pretrained(push_to_hub=True)` saves into, as it was before; None outside of such saves.
-_readme_before: ContextVar[str | None] = ContextVar("hf_sparse_readme_before", default=None)
+
+
+class _Saving(NamedTuple):
+    """A `save_pretrained(push_to_hub=True)` that is under way."""
+
+    readme: str  # that of the folder, as it was before
+    aside: ExitStack  # closing it ends the local save: what an older save has left is let go
+
+
+_saving: ContextVar[_Saving | None] = ContextVar("hf_sparse_saving", default=None)
 # Arguments of from_pretrained that the tokenizer beside the model needs as well.
 _SHARED = (
     "revision",
@@ -134,13 +143,12 @@ def _wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         setattr(self.config, checkpoint.CONFIG_KEY, checkpoint.recounted(self, given.arguments["state_dict"]))
         folder.mkdir(parents=True, exist_ok=True)
         pushes = given.arguments["push_to_hub"]
-        token = _readme_before.set(_read_readme(folder) if pushes else None)
-        try:
+        with ExitStack() as aside:
+            token = _saving.set(_Saving(_read_readme(folder), aside) if pushes else None)
+            aside.callback(_saving.reset, token)
             # The new config.json is written first; beside old weights it would make a model that lies if the save broke off.
-            with old_weights_aside(folder, given.arguments["variant"], (REPORT_FILE, PICTURE_FILE)):
-                result = original(self, *args, **kwargs)
-        finally:
-            _readme_before.reset(token)
+            aside.enter_context(old_weights_aside(folder, given.arguments["variant"], (REPORT_FILE, PICTURE_FILE)))
+            result = original(self, *args, **kwargs)
         if not pushes:
             describe(self, folder)
         return result
@@ -160,19 +168,21 @@ def _wrap_upload(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _upload_modified_files(self: Any, *args: Any, **kwargs: Any) -> Any:
+        saving = _saving.get()
+        if saving is not None:
+            saving.aside.close()  # the folder is whole, whatever comes of the upload
         model = publish.sparse_model(self) if _enabled else None
         if model is None:
             return original(self, *args, **kwargs)
         given = dict(signature.bind(self, *args, **kwargs).arguments)
         folder, before = Path(given["working_dir"]), given["files_timestamps"]
-        in_users_folder = _readme_before.get()
-        if in_users_folder is not None:
+        if saving is not None:
             # Transformers has put the repository's README in the place of the user's.
-            _put_readme(folder, in_users_folder)
+            _put_readme(folder, saving.readme)
             describe(model, folder)
         kind = type(self).__name__
         return publish.push(
-            self, folder, _modified(folder, before), given["repo_id"], local=in_users_folder,
+            self, folder, _modified(folder, before), given["repo_id"], local=saving.readme if saving else None,
             message=given.get("commit_message") or ("Upload model" if "Model" in kind else f"Upload {kind}"),
             description=given.get("commit_description"), token=given.get("token"), revision=given.get("revision"),
             create_pr=bool(given.get("create_pr")),

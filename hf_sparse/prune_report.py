@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,11 +24,17 @@ def make_report(
         reasons[site.note] = reasons.get(site.note, 0) + 1
     model_config = getattr(model, "config", None)
     return Report(
-        config=config.resolved().to_dict(), model=getattr(model_config, "name_or_path", "") or "", model_class=type(model).__name__,
+        config=config.resolved().to_dict(), model=_base_name(model_config), model_class=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()), blocks=blocks, left_out=dict(left_out),
         notes=[*notes, *(f"{count} sites: {note}" for note, count in reasons.items())], calibration=calibration,
         versions=environment.versions(), seconds=seconds, peak_memory_bytes=environment.peak_memory(),
     )  # fmt: skip
+
+
+def _base_name(model_config: Any) -> str:
+    """The name of the model, of a folder with its whole path: seen from elsewhere, `user/name` would be a repository."""
+    name = getattr(model_config, "name_or_path", "") or ""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
 def block_reports(

@@ -85,15 +85,10 @@ def card_for(model: Any, folder: Path, token: Any = None) -> Any:
     from model_cards import SparseAdapterCard
 
     if is_adapter(model):
-        card: Any = SparseAdapterCard.of_model(model, file_hashes=hashes_of(folder))
-    else:
-        report: Any = checkpoint.report(model)
-        picture = PICTURE_FILE if (folder / PICTURE_FILE).is_file() else None
-        card = card_of(model, report, picture, base_card(report.model, token))
-    tags = card.data.tags or []
-    own = getattr(model, "model_tags", None) or []
-    card.data.tags = [*tags, *(tag for tag in own if tag not in tags)]
-    return card
+        return SparseAdapterCard.of_model(model, file_hashes=hashes_of(folder))
+    report: Any = checkpoint.report(model)
+    picture = PICTURE_FILE if (folder / PICTURE_FILE).is_file() else None
+    return card_of(model, report, picture, base_card(report.model, token))
 
 
 def base_card(base: str, token: Any = None) -> str | None:
@@ -129,7 +124,7 @@ def _processors(
     place = beside / "processor"
     try:
         loaded = {"AutoProcessor": AutoProcessor, "AutoTokenizer": AutoTokenizer}[found].from_pretrained(
-            source, local_files_only=True
+            source, local_files_only=True, trust_remote_code=False
         )
         loaded.save_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:

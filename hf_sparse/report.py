@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 from hf_sparse import hashes
+from hf_sparse.config import recorded
 from hf_sparse.errors import CheckpointError, ConfigError
 from hf_sparse.patterns import Pattern
 from hf_sparse.recovery import Recovery, fits, set_aside, writable
+from hf_sparse.report_text import lines
 from hf_sparse.schema import check_plain, read_json
 from hf_sparse.text import one_line, shown
 
 FILE_NAME = "hf_sparse_report.json"
 PICTURE_FILE = "hf_sparse_report.png"
 FORMAT = 1
-_LONGEST_LINE = 2000
 _LARGEST_FILE = 256 * 2**20
 # Orders of channels are most of it: 3 million numbers for 70 billion dense weights, ten times as many for hundreds of experts.
 _MOST = {"depth": 24, "items": 2**25, "text": 2**20}
@@ -196,7 +197,7 @@ class Report:
         return cls.from_dict(values)
 
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return "\n".join(lines(self))
 
     def plot(self, path: str | Path) -> Path:
         """Draw sparsity and output error over depth into a picture file (needs matplotlib)."""
@@ -234,61 +235,6 @@ def _misfits(part: "Report | BlockReport | SiteReport") -> Iterable[str]:
         yield from (
             f"{name} has no {key}" for name, keys in needed.items() for key in keys if key not in getattr(part, name)
         )
+        yield from (f"in config, {wrong}" for wrong in recorded.misfits(part.config))
         if fits(part.files, dict[str, str]):
             yield from (f"in files, {wrong}" for item in part.files.items() if (wrong := hashes.misfit(*item)))
-
-
-def percent(value: float | None) -> str:
-    """A share for people to read."""
-    return "not measured" if value is None else f"{100 * value:.2f} %"
-
-
-def recipe_words(config: Mapping[str, Any]) -> str:
-    """Pattern, metric and updates of a configuration: "2:4 wanda + dense_stream + admm"."""
-    updates = config.get("update", "none")
-    named = [str(name) for name in updates] if isinstance(updates, list | tuple) else [str(updates)]
-    return " + ".join([f"{config['pattern']} {config['metric']}", *(name for name in named if name != "none")])
-
-
-def _counted(values: Iterable[str]) -> str:
-    counts: dict[str, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return ", ".join(f"{value} ({count})" if len(counts) > 1 else value for value, count in counts.items())
-
-
-def _tensor_cores(report: Report) -> str:
-    """Which blocks keep a pattern that hardware runs, where blocks have patterns of their own."""
-    sites = sum(site.fits_tensor_cores for site in report.sites)
-    whole = [block.name for block in report.pruned_blocks if all(site.fits_tensor_cores for site in block.sites)]
-    blocks = f"; all sites of {', '.join(whole)}" if whole else "; no block as a whole"
-    return f"a pattern of 2:4 sparse tensor cores (at most 2 of 4 along the input axis): {sites} of {len(report.sites)} sites{blocks}"
-
-
-def _lines(report: Report) -> Iterable[str]:
-    patterns = _counted(site.pattern for site in report.sites) or report.config["pattern"]
-    yield (
-        f"{one_line(report.model_class)}: {one_line(recipe_words({**report.config, 'pattern': patterns}))}, "
-        f"{len(report.sites)} sites in {len(report.pruned_blocks)} blocks, "
-        f"{percent(report.sparsity)} zeros in the sites, {percent(report.block_sparsity)} in all block weights"
-    )
-    width = max([len(one_line(block.name)) for block in report.pruned_blocks], default=5)
-    mixed = len({site.pattern for site in report.sites}) > 1
-    last = "pattern, axis, metric" if mixed else "axis, metric"
-    yield f"{'block':<{width}}  {'sites':>5}  {'sparsity':>9}  {'output error':>12}  {'seconds':>8}  {last}"
-    for block in report.pruned_blocks:
-        how = f"{_counted(site.axis for site in block.sites)}; {_counted(site.metric for site in block.sites)}"
-        how = f"{_counted(site.pattern for site in block.sites)}; {how}" if mixed else how
-        error = "not measured" if block.output_error is None else f"{block.output_error:.4f}"
-        counted = f"{len(block.sites):>5}  {percent(block.sparsity):>9}"
-        yield f"{one_line(block.name):<{width}}  {counted}  {error:>12}  {block.seconds:>8.2f}  {one_line(how)}"
-    if mixed and report.config["pattern"] != "unstructured":
-        yield one_line(_tensor_cores(report), _LONGEST_LINE)
-    if report.calibration:
-        line = "calibrated on {source}: {samples} samples, {tokens} tokens, batches of {batch_size}, fingerprint {fingerprint}"
-        yield line.format(**{name: one_line(report.calibration[name]) for name in _CALIBRATION})
-    peak = report.peak_memory_bytes
-    memory = "" if peak is None else f", peak memory of the process {peak / 2**20:.0f} MiB"
-    yield f"{report.seconds:.1f} s{memory}"
-    yield from map(str, report.recoveries)
-    yield from (f"note: {one_line(note, _LONGEST_LINE)}" for note in report.notes)

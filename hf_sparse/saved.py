@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from hf_sparse.checkpoint import CONFIG_KEY
 from hf_sparse.errors import CheckpointError
-from hf_sparse.hashes import hashes_of
+from hf_sparse.hashes import hashes_of, model_files
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import Report
 from hf_sparse.schema import read_json
@@ -34,6 +36,12 @@ def read_config(folder: Path) -> dict[str, Any]:
                 "with hf_sparse.merge_and_unload(model)."
             )
         raise CheckpointError(f"{str(folder)!r} is no model folder: there is no config.json.")
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{str(folder)!r} holds an adapter beside a model, and whoever loads both from the Hub gets the base that "
+            "adapter_config.json names instead of this model; move adapter_config.json and adapter_model.* out of the folder, and push "
+            "the adapter to a repository of its own."
+        )
     config = read_json(folder / "config.json", _LARGEST_JSON, "config.json")
     if not isinstance(config, dict) or not isinstance(config.get(CONFIG_KEY), dict):
         raise CheckpointError(
@@ -81,13 +89,40 @@ def _check_whole(folder: Path) -> None:
         )
 
 
-def files_to_publish(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the files to publish, and of those left out: pickles and what a training leaves behind; hidden ones are not named."""
-    every = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    shown = [
-        name
-        for name in every
-        if not any(part.startswith((".", "_")) and part != "__pycache__" for part in name.split("/"))
-    ]
+def files_to_publish(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Names of the files to publish; of those left out, pickles and what a training leaves behind; and of links that lead elsewhere.
+
+    Hidden files are not named. A link is followed inside the folder and into the Hub's cache, of which a downloaded model consists.
+
+    Raises: CheckpointError where a file of the model itself is a link that leads elsewhere.
+    """
+    every = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if _is_file_or_link(path)}
+    shown = [name for name in sorted(every) if not any(_is_hidden(part) for part in name.split("/"))]
     left_out = [name for name in shown if _LEFT_OUT.fullmatch(name)]
-    return [name for name in shown if name not in left_out], left_out
+    outside = [name for name in shown if name not in left_out and _leads_outside(every[name], folder)]
+    needed = [path.name for path in model_files(folder) if path.name in outside]
+    if needed:
+        raise CheckpointError(
+            f"{needed[0]} in {str(folder)!r} is a link to a file elsewhere, and such are not published; put the file itself there."
+        )
+    return [name for name in shown if name not in left_out and name not in outside], left_out, outside
+
+
+def _is_file_or_link(path: Path) -> bool:
+    return path.is_symlink() or path.is_file()
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith((".", "_")) and part != "__pycache__"
+
+
+def _leads_outside(path: Path, folder: Path) -> bool:
+    """Whether a link leads to no file, or to one outside of the folder and of the Hub's cache."""
+    if not path.is_symlink():
+        return False
+    # A snapshot in the cache: models--USER--NAME/snapshots/COMMIT/NAME is a link to models--USER--NAME/blobs/HASH.
+    places = [folder, Path(constants.HF_HUB_CACHE)]
+    if folder.resolve().parent.name == "snapshots":
+        places.append(folder.resolve().parent.parent / "blobs")
+    target = path.resolve()
+    return not (target.is_file() and any(target.is_relative_to(place.resolve()) for place in places))

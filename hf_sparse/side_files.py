@@ -39,7 +39,8 @@ def card_of(model: Any, report: Report, picture: str | None, base_card: str | No
     """The card of a model in memory, of the class that was chosen for cards."""
     from model_cards import card_class
 
-    return card_class().of_model(model, report, plot_name=picture, base_card=base_card)
+    tags = getattr(model, "model_tags", None) or ()
+    return card_class().of_model(model, report, plot_name=picture, base_card=base_card, tags=tags)
 
 
 def draw(report: Report, folder: Path) -> str | None:

@@ -55,7 +55,7 @@ class SparseModelCard(ModelCard):
             base_model_relation="finetune" if source.on_hub else None,
             library_name="transformers",
             pipeline_tag=task,
-            tags=["hf_sparse", "sparse", "pruned", *([pattern] if pattern else [])],
+            tags=list(dict.fromkeys(["hf_sparse", "sparse", "pruned", *([pattern] if pattern else []), *source.tags])),
             # No `datasets`: the report tells of data by the name they were given, which need not be that of a data set on the Hub.
             model_name=one_line(source.title) if results else None,
             eval_results=results or None,
@@ -77,6 +77,7 @@ class SparseModelCard(ModelCard):
         base_card: str | None = None,
         plot_name: str | None = None,
         command: str | None = None,
+        tags: Sequence[str] = (),
         model_config: Mapping[str, Any] | None = None,
         template_path: str | Path | None = None,
         template_str: str | None = None,
@@ -85,7 +86,7 @@ class SparseModelCard(ModelCard):
         """Tell what the report holds.
 
         `evaluations` stand in the place of the report's own; `base_card` is the text of the base model's card, whose
-        license is inherited; `plot_name` a picture beside the card; `command` what was typed; `model_config` the saved
+        license is inherited; `plot_name` a picture beside the card; `command` what was typed; `tags` further ones; `model_config` the saved
         config.json. `template_path` or `template_str` replace the class's template; further `variables` go to it.
 
         Raises: CheckpointError where the report is damaged, ConfigError for a template that cannot be used.
@@ -99,6 +100,7 @@ class SparseModelCard(ModelCard):
             base_card=base_card,
             plot_name=plot_name,
             command=command,
+            tags=[one_line(tag) for tag in tags],
             model_config=model_config,
         )
         given = {**cls.template_variables(source), **variables}

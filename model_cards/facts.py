@@ -7,7 +7,8 @@ from typing import Any
 
 from hf_sparse.errors import CheckpointError, ConfigError
 from hf_sparse.patterns import Pattern
-from hf_sparse.report import BlockReport, Report, SiteReport, percent
+from hf_sparse.report import BlockReport, Report, SiteReport
+from hf_sparse.report_text import percent
 from model_cards.escape import code, plain
 from model_cards.evaluation import NOT_MEASURED
 

@@ -8,6 +8,8 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from hf_sparse.errors import CheckpointError
 
+# What a card takes over from that of the base model.
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _LONGEST = 2**20  # letters; a header is read at some 100,000 letters a second
 _MOST_VALUES = 100_000  # aliases of aliases stand for more values than a machine can hold
 _DEEPEST = 32

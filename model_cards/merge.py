@@ -47,6 +47,13 @@ def merge(
         return mark + ours
     theirs, new = header.read(header.split(existing)[0]), header.read(header.split(ours)[0])
     before = parts.remembered(parts.part_of(existing))
+    if new.get("base_model") == before.get("base_model"):
+        # The base's card may be out of reach today; what was inherited from it before is still true.
+        new |= {
+            key: before[key]
+            for key in header.INHERITED
+            if before.get(key) == theirs.get(key) is not None and not new.get(key)
+        }
     given = {key: value for key, value in (generated or {}).items() if new.get(key)} | dict(unwanted or {})
     foreign = {key: value for key, value in given.items() if key != "tags" and theirs.get(key) == value}
     tags = [*header.listed(before.get("tags")), *header.listed((unwanted or {}).get("tags"))]

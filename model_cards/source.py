@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -16,7 +16,6 @@ from hf_sparse.text import one_line
 from model_cards import facts, header
 from model_cards.evaluation import Evaluation
 
-_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _LARGEST_CARD = 4 * 2**20  # bytes
 
 
@@ -30,6 +29,7 @@ class CardSource:
     base_card: str | None = None  # text of the base model's card
     plot_name: str | None = None  # a picture beside the card
     command: str | None = None  # what was typed
+    tags: Sequence[str] = ()  # of the model's own, beside those that the card gives it
     model_config: Mapping[str, Any] | None = None  # the saved config.json
 
     @property
@@ -90,7 +90,7 @@ def inherited(card: str | None, base: str = "") -> dict[str, Any]:
         return {}
     # Other types are slips such as `language: no`, which YAML reads as False.
     found: dict[str, Any] = {}
-    for key in _INHERITED:
+    for key in header.INHERITED:
         value = values.get(key)
         if isinstance(value, str):
             found[key] = one_line(value)
@@ -98,5 +98,5 @@ def inherited(card: str | None, base: str = "") -> dict[str, Any]:
             found[key] = [one_line(item) for item in value if isinstance(item, str)]
     link = found.get("license_link")
     if isinstance(link, str) and "://" not in link and is_repository(base):  # a file of the base's repository
-        found["license_link"] = f"https://huggingface.co/{base}/blob/main/{link.lstrip('/')}"
+        found["license_link"] = f"{constants.ENDPOINT}/{base}/blob/main/{link.lstrip('/')}"
     return found

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse import SparsityConfig
-from hf_sparse.cli import main, prune
+from hf_sparse.cli import main, output, prune
 from hf_sparse.cli.writing import complete_folder
 from hf_sparse.errors import ConfigError
-from hf_sparse.report import recipe_words
+from hf_sparse.report_text import recipe_words
 
 ROOT = Path(__file__).parents[1]
 
@@ -521,6 +521,41 @@ def test_control_characters_of_any_command_are_replaced(
     out, error = capsys.readouterr()
     assert out == "a\ufffd[31m\tb\ufffd\n\ufffd\nc\ufffd\nd\ufffd"
     assert error == "\r 50 %\x1b[A"  # a progress bar
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("\r 50 %|\u2588\u258c| 1/2\x1b[A\x1b[K\n\t", None),
+        ("\x1b[31mred\x1b[0m \x1b[38;2;255;0;0mred\x1b[m", None),
+        ("\x1b[2J\x1b[1;1H", "\ufffd[2J\ufffd[1;1H"),
+        ("\x1b]0;title\x07\x9b2J\x1bc", "\ufffd]0;title\ufffd\ufffd2J\ufffdc"),
+        ("\x1b[?25l\x1b[\x1b", "\ufffd[?25l\ufffd[\ufffd"),
+        ("a\x08\x0b\x0c\u202e\ud800", "a" + "\ufffd" * 5),
+        (f"\x1b[{'1' * 25}m", f"\ufffd[{'1' * 25}m"),
+    ],
+    ids=["progress bar", "colours", "clear", "title", "parts", "others", "long"],
+)
+def test_of_control_sequences_only_those_of_progress_bars_and_colours_reach_stderr(
+    written: str, shown: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hf_sparse.cli import methods
+
+    monkeypatch.setattr(methods, "run", lambda _: print(written, end="", file=sys.stderr))
+    assert run("methods") == 0
+    assert capsys.readouterr().err == (written if shown is None else shown)
+
+
+@pytest.mark.parametrize("option", ["--t", "--to", "--tok", "--token", "--tokn", "--hub-token", "-token"])
+def test_a_token_is_hidden_however_its_option_is_shortened(option: str) -> None:
+    for words in ([option, SECRET], [f"{option}={SECRET}"]):
+        assert SECRET in output._forms(output._tokens(words))
+
+
+@pytest.mark.parametrize("option", ["--tolerance", "--tol", "--total", "--text", "--trust-remote-code", "--targets"])
+def test_the_value_of_another_option_is_no_secret(option: str) -> None:
+    for words in ([option, "0.0001"], [f"{option}=0.0001"]):
+        assert output._forms(output._tokens(words)) == []
 
 
 def test_letters_that_a_terminal_does_not_have_are_no_failure(

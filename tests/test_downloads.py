@@ -91,3 +91,16 @@ def test_folders_of_plain_files_and_absent_ones_are_left_alone(tmp_path: Path) -
     check_downloads(tmp_path)
     check_downloads(tmp_path / "absent")
     assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_in_a_cache_that_cannot_be_written_it_says_what_to_delete(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = damage(snapshot, "model.safetensors")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(downloads, "forget", refuse)
+    with pytest.raises(CheckpointError, match=f"delete '{blob}'"):
+        check_downloads(snapshot)

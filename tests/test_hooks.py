@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hub.client import Hub
+from huggingface_hub import ModelCard
 from models import bert, llama, mixtral, phi3, t5, text, token_rows, tokenizer
 from torch import nn
 from transformers import (
@@ -21,8 +23,8 @@ from transformers import (
 )
 
 import hf_sparse
-from hf_sparse import SparsityConfig
-from hf_sparse.errors import CheckpointError, ConfigError, HfSparseError
+from hf_sparse import SparsityConfig, prune_
+from hf_sparse.errors import CheckpointError, ConfigError, HfSparseError, HubError
 
 ROOT = Path(__file__).parents[1]
 ROWS = token_rows()
@@ -432,3 +434,68 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 def test_a_compressed_format_that_is_not_there_yet_is_refused() -> None:
     with pytest.raises(ConfigError, match="bitmask"):
         llama().save_pretrained("anywhere", sparse_format="bitmask")
+
+
+# ---------------------------------------------------------------------------------------------------- pushing while saving
+
+
+def test_what_is_saved_stays_when_its_push_fails(hub: Hub, tmp_path: Path) -> None:
+    model = llama()
+    prune_(model, SparsityConfig(pattern="2:4", metric="magnitude"))
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    hub.fault("POST", "/commit/", status=403, times=None)
+    with pytest.raises(HubError, match="403"):
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="user/sparse")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".hf_sparse")]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
+    assert set(hf_sparse.report(loaded).files) == {"config.json", "model.safetensors"}
+
+
+def test_a_base_in_a_folder_is_no_repository_seen_from_elsewhere(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.edit("somebody/base", "README.md", "---\nlicense: mit\n---\n# A stranger's\n")
+    monkeypatch.chdir(tmp_path)
+    llama().save_pretrained("somebody/base")
+    model = AutoModelForCausalLM.from_pretrained("somebody/base", sparsity_config=MAGNITUDE)
+    monkeypatch.chdir("/")
+    model.push_to_hub("user/sparse")
+    data = ModelCard(hub.files("user/sparse")["README.md"].decode()).data
+    assert data.base_model is None
+    assert data.license is None
+
+
+def test_what_was_inherited_stays_while_the_base_is_out_of_reach(hub: Hub, tmp_path: Path) -> None:
+    llama().push_to_hub("user/base")
+    hub.edit("user/base", "README.md", "---\nlicense: mit\nlanguage: en\n---\n# Base\n")
+    model = AutoModelForCausalLM.from_pretrained("user/base", sparsity_config=MAGNITUDE)
+    model.push_to_hub("user/sparse")
+    hub.fault("GET", "user/base", status=503, times=None)
+    model.push_to_hub("user/sparse")
+    data = ModelCard(hub.files("user/sparse")["README.md"].decode()).data
+    assert (data.base_model, data.license, data.language) == ("user/base", "mit", "en")
+
+
+def test_a_tag_of_the_model_that_a_person_took_away_stays_away(hub: Hub) -> None:
+    model = llama()
+    prune_(model, MAGNITUDE)
+    model.add_model_tags(["mine", "ours"])
+    model.push_to_hub("user/sparse")
+    readme = hub.files("user/sparse")["README.md"].decode()
+    assert {"mine", "ours", "hf_sparse"} <= set(ModelCard(readme).data.tags)
+    hub.edit("user/sparse", "README.md", readme.replace("- mine\n", "", 1))
+    reloaded = AutoModelForCausalLM.from_pretrained("user/sparse")
+    reloaded.add_model_tags(["ours"])
+    reloaded.push_to_hub("user/sparse")
+    assert "mine" not in ModelCard(hub.files("user/sparse")["README.md"].decode()).data.tags
+
+
+@pytest.mark.parametrize("make", [bert, llama])
+def test_a_tokenizer_that_transformers_makes_up_is_none(make: Any, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    load = AutoModelForMaskedLM if make is bert else AutoModelForCausalLM
+    with pytest.raises(HfSparseError, match="text needs a tokenizer"):
+        load.from_pretrained(tmp_path, sparsity_config={"metric": "wanda", "calibration": ["the cat sat"] * 50})

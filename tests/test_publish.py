@@ -1,7 +1,10 @@
 """Every way to push a sparse model leaves the same in the repository: weights, config, report, picture, card, what reads its input."""
 
+import functools
 import hashlib
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 from hub.client import Hub
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from models import llama, token_rows, tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import hf_sparse
 from hf_sparse import SparsityConfig, prune_
-from hf_sparse.errors import CheckpointError
+from hf_sparse import hub as hub_module
+from hf_sparse.errors import CheckpointError, HubError
 from hf_sparse.report import Report
 from model_cards.parts import part_of
 from trainer_callbacks import KeepMasks
@@ -381,6 +385,160 @@ def test_the_trainers_own_text_is_renewed_and_a_persons_kept(hub: Hub, tmp_path:
     assert "0.0123" in now
 
 
+# ---------------------------------------------------------------------------------------------------- README of a Trainer
+
+
+EVERY_SAVE = {
+    "push_to_hub": True,
+    "hub_strategy": "every_save",
+    "hub_always_push": True,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+def trained(folder: Path, **arguments: Any) -> Trainer:
+    run = trainer(pruned(), folder, max_steps=1, **EVERY_SAVE, **arguments)
+    run.train()
+    run._finish_current_push()
+    return run
+
+
+def with_words(words: str, readme: str) -> str:
+    return readme.replace(part_of(readme), f"{words}\n\n{part_of(readme)}")
+
+
+def texts(hub: Hub, folder: Path) -> tuple[str, str]:
+    return (folder / "README.md").read_text(), told(hub)[0]["README.md"].decode()
+
+
+@pytest.mark.parametrize("there", [None, "---\nlicense: mit\n---\n# Mine\n"])
+def test_a_persons_readme_in_the_output_folder_is_pushed(there: str | None, hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nMy words.\n")
+    if there:
+        hub.edit(REPOSITORY, "README.md", there)
+    run = trained(tmp_path)
+    while_training = texts(hub, tmp_path)
+    run.push_to_hub()
+    for text in (*while_training, *texts(hub, tmp_path)):
+        assert "# Mine\n\nMy words.\n" in text
+        assert "hf_sparse:trainer" not in text
+        assert "license: mit" in text
+    assert not (tmp_path / "_README.md").exists()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["same Trainer", "another Trainer"])
+def test_an_edit_of_what_was_pushed_is_pushed(again: bool, hub: Hub, tmp_path: Path) -> None:
+    run = trained(tmp_path)
+    file = tmp_path / "README.md"
+    file.write_text(with_words("My words.", file.read_text()))
+    run = trained(tmp_path) if again else run
+    run.push_to_hub()
+    assert all(text.count("My words.") == 1 for text in texts(hub, tmp_path))
+
+
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_a_text_taken_out_on_one_side_stays_away(where: str, hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Mine\n\nMy words.\n")
+    run = trained(tmp_path)
+    here, there = texts(hub, tmp_path)
+    if where == "here":
+        (tmp_path / "README.md").write_text(here.replace("My words.", ""))
+    else:
+        hub.edit(REPOSITORY, "README.md", there.replace("My words.", ""))
+    run.push_to_hub()
+    assert all("My words." not in text and "# Mine" in text for text in texts(hub, tmp_path))
+
+
+@pytest.mark.parametrize("words", ["Mine.", "Mine, as before."])
+def test_of_two_texts_the_repositorys_is_pushed_and_the_other_is_kept_beside(
+    words: str, hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "README.md").write_text(f"{words}\n")
+    (tmp_path / "_README.md").write_text("Mine, as before.\n")
+    hub.edit(REPOSITORY, "README.md", "Theirs.\n")
+    trained(tmp_path).push_to_hub()
+    assert all("Theirs." in text and "Mine" not in text for text in texts(hub, tmp_path))
+    assert (tmp_path / "_README.md").read_text() == "Mine, as before.\n"
+    kept = "_README-2.md" if words == "Mine." else "_README.md"
+    assert (tmp_path / kept).read_text() == f"{words}\n"
+    assert f"it is kept as {tmp_path / kept}" in caplog.text
+    assert len(list(tmp_path.glob("_README*"))) == (2 if words == "Mine." else 1)
+    assert not {name for name in hub.files(REPOSITORY) if "_README" in name}
+
+
+def test_a_readme_that_is_no_text_is_kept_beside(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "README.md").write_bytes(b"caf\xe9")
+    trained(tmp_path)
+    told(hub)
+    assert (tmp_path / "_README.md").read_bytes() == b"caf\xe9"
+    assert "is not UTF-8" in caplog.text
+
+
+class Talking(Trainer):
+    """Writes a card of its own at every save, as those of TRL do."""
+
+    saves = 0
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        self.saves += 1
+        (Path(self.args.output_dir) / "README.md").write_text(
+            f"---\ntags:\n- talking\n---\n# Talking\n\nSaved {self.saves}.\n"
+        )
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.create_model_card()
+        super()._save_checkpoint(*args, **kwargs)
+
+
+@pytest.mark.parametrize("mine", ["", "# Mine\n"])
+def test_a_subclass_that_writes_cards_while_training(
+    mine: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "Trainer", Talking)
+    if mine:
+        (tmp_path / "README.md").write_text(mine)
+    run = trained(tmp_path)
+    hub.edit(REPOSITORY, "README.md", with_words("Added there.", texts(hub, tmp_path)[1]))
+    run.push_to_hub()
+    for text in texts(hub, tmp_path):
+        assert text.count("Added there.") == 1
+        assert text.count("Saved 2.") == (0 if mine else 1)
+        assert "Saved 1." not in text
+        assert ("# Mine" in text) == bool(mine)
+        assert ("talking" in ModelCard(text).data.tags) == (not mine)
+
+
+@pytest.mark.parametrize("mine", ["", "# Mine\n\nMy words.\n"])
+def test_a_card_asked_for_by_hand(mine: str, hub: Hub, tmp_path: Path) -> None:
+    run = trainer(pruned(), tmp_path)
+    run.save_model()
+    if mine:
+        (tmp_path / "README.md").write_text(mine)
+    run.create_model_card(model_name="by hand")
+    text = (tmp_path / "README.md").read_text()
+    assert ("Training procedure" in text) == (not mine)
+    assert mine in text
+    assert bool(part_of(text)) == (not mine)  # what the save has written
+
+
+def test_the_trainers_text_comes_after_pushes_of_a_card_alone(hub: Hub, tmp_path: Path) -> None:
+    trained(tmp_path).push_to_hub()
+    for text in texts(hub, tmp_path):
+        assert text.count("Training procedure") == 1
+        assert text.count("\n# ") == 1
+
+
+def test_arguments_without_a_name(hub: Hub, tmp_path: Path) -> None:
+    run = trainer(pruned(), tmp_path)
+    hub.edit(REPOSITORY, "README.md", "# Main\n")
+    HfApi().create_branch(REPOSITORY, branch="sparse")
+    hub.edit(REPOSITORY, "README.md", "# Theirs\n", revision="sparse")
+    run.push_to_hub("Done", True, hub.token, "sparse")
+    assert "# Theirs" in told(hub, "sparse")[0]["README.md"].decode()
+
+
 def test_a_card_that_cannot_be_made_does_not_stop_a_training(
     hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -404,6 +562,123 @@ def test_the_trainers_methods_come_back(hub: Hub, tmp_path: Path) -> None:
     finally:
         hf_sparse.install()
     assert hasattr(Trainer.push_to_hub, "__wrapped__")
+
+
+# ---------------------------------------------------------------------------------------------------- another model there
+
+
+def in_shards(model: Any, size: str) -> Any:
+    model.save_pretrained = functools.partial(type(model).save_pretrained, model, max_shard_size=size)
+    return model
+
+
+@pytest.mark.parametrize("when", ["end", "every_save"])
+@pytest.mark.parametrize("sizes", [("1KB", "50GB"), ("50GB", "1KB"), ("2KB", "1KB")])
+def test_a_trainer_takes_out_weights_of_another_sharding(
+    when: str, sizes: tuple[str, str], hub: Hub, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    pruned().save_pretrained(old, max_shard_size=sizes[0])
+    hub.put(REPOSITORY, {path.name: path.read_bytes() for path in old.iterdir()})
+    hub.edit(REPOSITORY, "inner/model.safetensors", b"another")
+    shutil.copytree(old, new)
+    before = len(hub.commits(REPOSITORY))
+    model = pruned()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    run = trainer(in_shards(model, sizes[1]), new, max_steps=1, **({} if when == "end" else EVERY_SAVE))
+    if when == "end":
+        run.push_to_hub()
+    else:
+        run.train()
+        run._finish_current_push()
+    assert len(hub.commits(REPOSITORY)) == before + 1
+    files, report = told(hub)
+    weights = {name for name in report.files if "safetensors" in name}
+    assert {name for name in files if "safetensors" in name} == weights | {"inner/model.safetensors"}
+    assert {path.name for path in new.iterdir() if "safetensors" in path.name} == weights
+    assert same(AutoModelForCausalLM.from_pretrained(REPOSITORY), model)
+    assert same(AutoModelForCausalLM.from_pretrained(new), model)
+
+
+def with_lora(model: Any) -> Any:
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"]))
+    torch.nn.init.normal_(adapted.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight)
+    return adapted
+
+
+@pytest.mark.parametrize("push", [by_model, by_trainer, by_command])
+def test_a_merged_model_takes_the_place_of_its_adapter(push: Callable[..., None], hub: Hub, tmp_path: Path) -> None:
+    pruned().push_to_hub("user/base")
+    adapted = with_lora(AutoModelForCausalLM.from_pretrained("user/base"))
+    adapted.push_to_hub(REPOSITORY)
+    assert "# Adapter on base" in told(hub)[0]["README.md"].decode()
+    merged = hf_sparse.merge_and_unload(adapted)
+    if push is by_trainer:
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "adapter_config.json").write_bytes(hub.files(REPOSITORY)["adapter_config.json"])
+    push(merged, tmp_path)
+    files, _ = told(hub)
+    assert not {name for name in files if name.startswith("adapter")}
+    assert same(AutoModelForCausalLM.from_pretrained(REPOSITORY), merged)
+    readme = files["README.md"].decode()
+    assert "Adapter on" not in readme
+    assert readme.count("\n# ") == 1
+    assert push is by_trainer or "\n# LlamaForCausalLM, 2:4 sparse\n" in readme
+    assert ModelCard(readme).data.library_name == "transformers"
+
+
+def test_an_adapter_does_not_go_beside_a_whole_model(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pruned().push_to_hub(REPOSITORY)
+    head = hub.head(REPOSITORY)
+    adapted = with_lora(AutoModelForCausalLM.from_pretrained(REPOSITORY))
+    with pytest.raises(HubError, match="a repository of its own"):
+        adapted.push_to_hub(REPOSITORY)
+    run = trainer(adapted, tmp_path, max_steps=1, **EVERY_SAVE)
+    run.train()  # goes to its end
+    assert "not pushed: 'user/sparse' holds a whole model" in caplog.text
+    with pytest.raises(HubError, match="a repository of its own"):
+        run.push_to_hub()
+    assert hub.head(REPOSITORY) == head
+
+
+def test_a_trainer_leaves_whole_weights_in_its_folder_out_of_an_adapters_push(hub: Hub, tmp_path: Path) -> None:
+    pruned().save_pretrained(tmp_path)
+    trainer(with_lora(pruned()), tmp_path).push_to_hub()
+    assert {name for name in told(hub)[0] if name.endswith("safetensors")} == {"adapter_model.safetensors"}
+    assert (tmp_path / "model.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- commits
+
+
+def test_what_comes_in_between_does_not_stay_in_place_of_a_file_that_had_not_changed(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pruned()
+    model.push_to_hub(REPOSITORY)
+    config = hub.files(REPOSITORY)["config.json"]
+    model.add_model_tags(["more"])  # only the card is new
+    hub.fault("POST", "/preupload/", swap=(REPOSITORY, "config.json", "{}"))
+    hashed = Counter[str]()
+    kind = hub_module.CommitOperationAdd
+    monkeypatch.setattr(
+        hub_module, "CommitOperationAdd", lambda name, content: hashed.update([name]) or kind(name, content)
+    )
+    model.push_to_hub(REPOSITORY)
+    assert told(hub)[0]["config.json"] == config
+    assert hashed.pop("README.md") == 2
+    assert set(hashed.values()) == {1}
+
+
+def test_a_pull_request_whose_answer_is_lost_may_be_open(hub: Hub) -> None:
+    hub.edit(REPOSITORY, "README.md", "# Theirs\n")
+    hub.fault("POST", "/commit/", lost=True)
+    with pytest.raises(HubError, match=rf"may be open already: look at {hub.endpoint}/{REPOSITORY}/discussions"):
+        pruned().push_to_hub(REPOSITORY, create_pr=True)
+    assert "refs/pr/1" in hub.branches(REPOSITORY)
 
 
 # ---------------------------------------------------------------------------------------------------- coming back

@@ -1,19 +1,24 @@
 """`hf-sparse push`: a folder as it lies there becomes one commit, or an error that says what to do."""
 
 import json
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hub.client import Hub
+from huggingface_hub import ModelCard, snapshot_download
 from models import llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_publish import REPOSITORY, pruned, told
 
 from hf_sparse.cli import main
+from hf_sparse.cli.recording import record
+from hf_sparse.report import Report
 from model_cards.parts import part_of
 
 Answer = Callable[..., tuple[int, str, str]]
@@ -57,11 +62,19 @@ def test_a_name_alone_is_a_repository_of_ones_own(saved: Path, push: Answer, hub
     assert hub.exists("user/mine")
 
 
-def test_pushed_again_nothing_changes(saved: Path, push: Answer, hub: Hub) -> None:
-    push(saved)
+@pytest.mark.parametrize(("words", "said"), [((), ""), (("--create-pr",), "; no pull request was opened")])
+def test_pushed_again_nothing_changes_and_it_says_so(
+    words: tuple[str, ...], said: str, saved: Path, push: Answer, hub: Hub
+) -> None:
+    assert json.loads(push(saved, "--json")[1])["changed"] is True
     head = hub.head(REPOSITORY)
-    assert push(saved)[0] == 0
-    assert hub.head(REPOSITORY) == head
+    code, out, _ = push(saved, *words)
+    assert code == 0
+    assert (
+        out == f"nothing changed: {REPOSITORY} has all of it already{said}: {hub.endpoint}/{REPOSITORY}/commit/{head}\n"
+    )
+    assert json.loads(push(saved, "--json", *words)[1])["changed"] is False
+    assert list(hub.branches(REPOSITORY).values()) == [head]
 
 
 def test_what_is_no_part_of_the_model_is_left_out(saved: Path, push: Answer, hub: Hub) -> None:
@@ -103,6 +116,59 @@ def test_an_edited_config_is_pushed_with_its_new_hash(saved: Path, push: Answer,
     assert json.loads(told(hub)[0]["config.json"])["note"] == "mine"
 
 
+# ---------------------------------------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "figures/loss.svg", "broken.txt"])
+def test_a_link_out_of_the_folder_is_not_followed(name: str, saved: Path, push: Answer, hub: Hub) -> None:
+    secret = saved.parent / "secret"
+    if name != "broken.txt":
+        secret.write_text("SECRET")
+    (saved / name).unlink(missing_ok=True)
+    (saved / name).parent.mkdir(exist_ok=True)
+    (saved / name).symlink_to(secret)
+    code, out, _ = push(saved)
+    assert code == 0
+    assert f"left out, as links to what is outside of the folder: {name}\n" in out
+    assert all(b"SECRET" not in content for content in told(hub)[0].values())
+
+
+def test_a_linked_folder_is_not_followed(saved: Path, push: Answer, hub: Hub) -> None:
+    (saved.parent / "other").mkdir()
+    (saved.parent / "other" / "secret").write_text("SECRET")
+    (saved / "other").symlink_to(saved.parent / "other")
+    assert json.loads(push(saved, "--json")[1])["left_out"] == ["other"]
+    assert not {name for name in told(hub)[0] if name.startswith("other")}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_model_that_is_a_link_out_of_the_folder_is_refused(name: str, saved: Path, push: Answer, hub: Hub) -> None:
+    (saved / name).rename(saved.parent / name)
+    (saved / name).symlink_to(saved.parent / name)
+    code, _, errors = push(saved)
+    assert code == 1
+    assert f"{name} in {str(saved)!r} is a link" in errors
+    assert not hub.requests()
+
+
+def test_a_link_within_the_folder_is_followed(saved: Path, push: Answer, hub: Hub) -> None:
+    (saved / "notes.md").write_text("Notes.")
+    (saved / "NOTES").symlink_to("notes.md")
+    push(saved)
+    assert told(hub)[0]["NOTES"] == b"Notes."
+
+
+@pytest.mark.parametrize("cache", [None, "elsewhere"])
+def test_a_snapshot_of_the_cache_is_published(
+    cache: str | None, saved: Path, push: Answer, hub: Hub, tmp_path: Path
+) -> None:
+    push(saved)
+    folder = Path(snapshot_download(REPOSITORY, cache_dir=cache and tmp_path / cache))
+    assert (folder / "model.safetensors").is_symlink()
+    assert push(folder, repository="user/copy")[0] == 0
+    assert hub.files("user/copy") == hub.files(REPOSITORY)
+
+
 # ---------------------------------------------------------------------------------------------------- whose text
 
 
@@ -131,6 +197,44 @@ def test_of_two_texts_one_is_chosen(whose: str, kept: str, saved: Path, push: An
     assert push(saved, "--readme", whose)[0] == 0
     now = told(hub)[0]["README.md"].decode()
     assert [words in now for words in ("My words.", "Their words.")] == [kept == "My words.", kept == "Their words."]
+
+
+HEADER = "license: mit\ndatasets:\n- my/data\n"
+
+
+def with_header(values: str, readme: str) -> str:
+    return readme.replace("---\n", f"---\n{values}", 1)
+
+
+def test_header_values_set_in_the_folder_are_published(saved: Path, push: Answer, hub: Hub) -> None:
+    push(saved)
+    file = saved / "README.md"
+    file.write_text(with_header(HEADER, file.read_text()))
+    assert push(saved)[0] == 0
+    data = ModelCard(told(hub)[0]["README.md"].decode()).data
+    assert (data.license, data.datasets) == ("mit", ["my/data"])
+    assert "nothing changed" in push(saved)[1]
+
+
+def test_of_two_values_in_the_headers_one_is_chosen(saved: Path, push: Answer, hub: Hub) -> None:
+    push(saved)
+    there = hub.files(REPOSITORY)["README.md"].decode()
+    hub.edit(REPOSITORY, "README.md", with_header("license: apache-2.0\n", there))
+    (saved / "README.md").write_text(with_header(HEADER, there))
+    code, _, errors = push(saved)
+    assert code == 1
+    assert "--readme folder or --readme repository" in errors
+    assert push(saved, "--readme", "repository")[0] == 0
+    assert ModelCard(told(hub)[0]["README.md"].decode()).data.license == "apache-2.0"
+
+
+def test_a_readme_with_less_than_the_repositorys_changes_nothing_of_it(saved: Path, push: Answer, hub: Hub) -> None:
+    push(saved)
+    there = hub.files(REPOSITORY)["README.md"].decode()
+    edit = with_header(HEADER, there.replace(part_of(there), f"Their words.\n\n{part_of(there)}"))
+    hub.edit(REPOSITORY, "README.md", edit)
+    assert push(saved)[0] == 0
+    assert told(hub)[0]["README.md"].decode() == edit
 
 
 def test_the_same_text_on_both_sides_is_no_choice(saved: Path, push: Answer, hub: Hub) -> None:
@@ -162,6 +266,15 @@ def dense(folder: Path) -> Any:
 def adapter(folder: Path) -> Any:
     get_peft_model(pruned(), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(folder / "adapter")
     return folder / "adapter"
+
+
+def adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else", "peft_type": "LORA"}')
+
+
+def latin_readme(folder: Path) -> None:
+    with (folder / "README.md").open("ab") as file:
+        file.write(b"caf\xe9")
 
 
 def no_report(folder: Path) -> None:
@@ -196,6 +309,8 @@ def odd_index(folder: Path) -> None:
         (broken_config, "JSON"),
         (dense, "prune it first"),
         (adapter, "merge_and_unload"),
+        (adapter_beside, "an adapter beside a model.*move adapter_config.json"),
+        (latin_readme, "README.md' is not UTF-8 text"),
         (no_report, "save it again"),
         (no_weights, "no model.safetensors"),
         (other_weights, "model.safetensors in .* is not what was saved"),
@@ -242,3 +357,27 @@ def test_weights_that_were_counted_are_those_that_arrive(saved: Path, push: Answ
     (saved / "there").write_bytes(told(hub)[0]["model.safetensors"])
     there, here = load_file(saved / "there"), load_file(saved / "model.safetensors")
     assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+# ---------------------------------------------------------------------------------------------------- figures recorded
+
+
+def test_figures_recorded_at_once_all_stay(saved: Path, push: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each recording waits, between reading the report and writing it, for the others to begin: without a lock all but one are lost."""
+    together = threading.Barrier(3)
+    save = Report.save
+
+    def slow(self: Report, folder: Any) -> Path:
+        with suppress(threading.BrokenBarrierError):
+            together.wait(timeout=0.2)
+        return save(self, folder)
+
+    monkeypatch.setattr(Report, "save", slow)
+    figures = [{"text": f"text {number}", "dense": None, "sparse": 2.0 + number} for number in range(3)]
+    threads = [threading.Thread(target=record, args=(saved, [figure])) for figure in figures]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    assert {values["sparse"] for values in Report.load(saved).evaluations} == {2.0, 3.0, 4.0}

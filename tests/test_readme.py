@@ -40,7 +40,6 @@ def test_every_snippet_runs(hub: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "pruned" / "hf_sparse_report.json").is_file()
     assert (tmp_path / "depth.png").is_file()
     assert {"README.md", "model.safetensors", "tokenizer.json"} <= hub.files("user/sparse-model").keys()
-    assert {"README.md", "model.safetensors", "tokenizer.json"} <= hub.files("user/sparse-model", "v1").keys()
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))

@@ -12,7 +12,8 @@ from test_recovery import make_recovery, nested
 from hf_sparse import SparsityConfig
 from hf_sparse.checkpoint import claim
 from hf_sparse.errors import CheckpointError
-from hf_sparse.report import FILE_NAME, FORMAT, BlockReport, Report, SiteReport, percent
+from hf_sparse.report import FILE_NAME, FORMAT, BlockReport, Report, SiteReport
+from hf_sparse.report_text import percent
 
 NAN = float("nan")
 
@@ -356,3 +357,21 @@ def test_no_secret_is_told() -> None:
     told.append(json.dumps(claim(given)))
     assert [text for text in told if secret in text or "me:" in text] == []
     assert "https://***@host/data?token=***" in given.to_dict()["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("options", {"unstructured": 1.0}),
+        ("options", [1]),
+        ("update", 5),
+        ("update", ["admm", 5]),
+        ("targets", {"a": 1}),
+        ("allocation", 3),
+    ],
+)
+def test_a_recorded_config_of_other_types_is_refused(name: str, value: object) -> None:
+    values = report().to_dict()
+    values["config"] = {**values["config"], name: value}
+    with pytest.raises(CheckpointError, match=f"in config, {name} is"):
+        Report.from_dict(values)

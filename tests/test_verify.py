@@ -1,9 +1,12 @@
 """Verification: an honest model agrees in everything, and each way to tamper is found by the check that is there for it."""
 
+import itertools
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +20,18 @@ import hf_sparse
 from hf_sparse import SparsityConfig, prune_
 from hf_sparse.cli import main
 from hf_sparse.errors import CheckpointError, ConfigError
+from hf_sparse.evaluate import as_evaluation, evaluate
 from hf_sparse.hashes import hashes_of
 from hf_sparse.patterns import Pattern
 from hf_sparse.recovery import Recovery
+from hf_sparse.remote import open_place
 from hf_sparse.report import Report
 from hf_sparse.verify import AGREES, DIFFERS, NOT_CHECKED, Row, Verification, verify
 from hf_sparse.verify.base import bits_differ
 from hf_sparse.verify.measured import windows_of
 from hf_sparse.verify.sites import groups_with_more
-from model_cards import Evaluation, SparseModelCard, write_card
+from hf_sparse.verify.sizes import headers, unlike
+from model_cards import Evaluation, SparseModelCard, set_card_class, write_card
 
 SITE = "model.layers.0.mlp.down_proj"
 WEIGHT = f"{SITE}.weight"
@@ -105,7 +111,7 @@ def test_an_honest_model_agrees(family: str, settings: dict[str, Any], tmp_path:
     data = {"calibration": rows_for(family)} if settings["metric"] == "wanda" else {}
     report = prune_(model, SparsityConfig(**settings, **data))
     model.save_pretrained(tmp_path / "out")
-    found = verify(tmp_path / "out")
+    found = verify(tmp_path / "out", base=str(tmp_path / "dense"))
     assert found.agrees, str(found)
     assert not [row for row in found.rows if row.status == NOT_CHECKED and row.item != "hashes of the Hub"]
     compared = {row.item for row in found.rows if row.check == "base" and row.status == AGREES}
@@ -116,7 +122,7 @@ def test_an_honest_model_agrees(family: str, settings: dict[str, Any], tmp_path:
 def test_a_permuted_model_is_traced_through_its_permutations(made: Path) -> None:
     report = Report.load(made / "out")
     assert any(order != sorted(order) for order in report.permutations.values())
-    assert statuses(verify(made / "out"), "base") == {AGREES}
+    assert statuses(verify(made / "out", base=str(made / "dense")), "base") == {AGREES}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -125,7 +131,7 @@ def test_a_base_model_of_a_wider_number_format_is_rounded_first(dtype: torch.dty
         made / "dense", dtype=dtype, sparsity_config=SparsityConfig(metric="magnitude")
     )
     model.save_pretrained(tmp_path / "narrow")
-    assert statuses(verify(tmp_path / "narrow"), "base") == {AGREES}
+    assert statuses(verify(tmp_path / "narrow", base=str(made / "dense")), "base") == {AGREES}
 
 
 def test_shards_and_their_index_are_hashed(made: Path, tmp_path: Path) -> None:
@@ -168,7 +174,7 @@ def test_an_update_leaves_only_what_is_outside_of_the_pruned_blocks_to_compare(m
     )
     model = AutoModelForCausalLM.from_pretrained(made / "dense", sparsity_config=config)
     model.save_pretrained(tmp_path / "updated")
-    found = verify(tmp_path / "updated")
+    found = verify(tmp_path / "updated", base=str(made / "dense"))
     assert found.agrees, str(found)
     rows = {row.item: row for row in found.rows if row.check == "base"}
     assert rows["lm_head.weight"].status == AGREES
@@ -336,13 +342,13 @@ def forge(folder: Path) -> None:
 
 @pytest.mark.parametrize(("tamper", "forged", "check"), TAMPERINGS.values(), ids=TAMPERINGS)
 def test_tampering_is_found_by_its_check(
-    tamper: Callable[[Path], None], forged: bool, check: str, out: Path, capsys: pytest.CaptureFixture[str]
+    tamper: Callable[[Path], None], forged: bool, check: str, made: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tamper(out)
     if forged:
         forge(out)
     capsys.readouterr()
-    assert main(["verify", str(out), "--json"]) == 3
+    assert main(["verify", str(out), "--base", str(made / "dense"), "--json"]) == 3
     found = json.loads(capsys.readouterr().out)
     assert not found["agrees"]
     assert check in {row["check"] for row in found["rows"] if row["status"] == DIFFERS}
@@ -356,10 +362,11 @@ def test_weights_beside_a_pruned_site_in_the_same_tensor_are_compared(tmp_path: 
     report = prune_(model, SparsityConfig(metric="magnitude", exclude=("*.qkv_proj.k",)))
     assert [name for name in report.left_out if name.endswith(".qkv_proj.k")]
     model.save_pretrained(tmp_path / "out")
-    assert verify(tmp_path / "out").agrees
+    dense = str(tmp_path / "dense")
+    assert verify(tmp_path / "out", base=dense).agrees
     change_weights(tmp_path / "out", lambda tensors: tensors["model.layers.0.self_attn.qkv_proj.weight"][32:48].mul_(2))
     forge(tmp_path / "out")
-    found = differing(verify(tmp_path / "out"))
+    found = differing(verify(tmp_path / "out", base=dense))
     assert list(found) == ["base"]
     assert [row.item for row in found["base"]] == ["model.layers.0.self_attn.qkv_proj.weight"]
 
@@ -385,6 +392,174 @@ def test_results_of_other_tools_in_the_header_are_left_alone(out: Path) -> None:
     change_card(out, "      tool: hf_sparse", "      tool: another")
     rows = differing(verify(out))["card"]
     assert [row.reason for row in rows] == ["the header does not state it"]
+
+
+FALSE_CARDS: dict[str, tuple[str, str]] = {
+    "sentence": ("(50.00 %) of the weights are zero", "(93.75 %) of the weights are zero"),
+    "pattern": ("| Pattern | `2:4`", "| Pattern | `1:16`"),
+    "metric": ("| Metric | chosen: `magnitude`", "| Metric | chosen: `sparsegpt`"),
+    "a block": ("| `model.layers.1` | 7 | 50.00 %", "| `model.layers.1` | 7 | 93.75 %"),
+    "a row more": ("| Axis |", "| Speed-up | 2x |\n| Axis |"),
+    "a row less": ("| Update of the kept weights | `none` |\n", ""),
+    "a heading that looks the same, and other figures": ("### Quality\n", "### Quality \n\n| perplexity | 5.0 | 5.0 |\n"),
+    "text in a comment's line": (" -->\n<!-- hf_sparse writes", " --> 93.75 %\n<!-- hf_sparse writes"),
+    "a heading": ("### Load it\n", "### What runs faster\n"),
+    "a config": ('"pattern": "2:4"', '"pattern": "1:4"'),
+    "a second section": ("<!-- hf_sparse:end -->", "<!-- hf_sparse:end -->\n<!-- hf_sparse:begin -->\n99 %\n<!-- hf_sparse:end -->"),
+    "another library": ("library_name: transformers", "library_name: peft"),
+    "another pattern in the tags": ("- '2:4'\n", "- '2:4'\n- '1:16'\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), FALSE_CARDS.values(), ids=FALSE_CARDS)
+def test_what_a_card_says_and_its_report_does_not_is_found(old: str, new: str, out: Path) -> None:
+    assert not differing(verify(out))
+    card = (out / "README.md").read_text()
+    assert old in card
+    (out / "README.md").write_text(card.replace(old, new, 1))
+    assert list(differing(verify(out))) == ["card"]
+
+
+def test_lines_of_a_card_in_another_order_are_found(out: Path) -> None:
+    lines = (out / "README.md").read_text().split("\n")
+    first = next(number for number, line in enumerate(lines) if line.startswith("| `model.layers.0`"))
+    lines[first], lines[first + 1] = lines[first + 1], lines[first]
+    (out / "README.md").write_text("\n".join(lines))
+    assert [row.claimed for row in differing(verify(out))["card"]] == ["lines in another order"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<!-- hf_sparse:begin -->", "Words of mine: 99 % sparse.\n\n<!-- hf_sparse:begin -->"),
+        ("library_name: transformers", "license: mit"),
+        ("- sparse\n", "- team\n"),
+        ("- '2:4'\n", ""),
+        ("\n", "\r\n"),
+        ("### Quality\n", "### Quality  \n\n\n"),
+    ],
+    ids=["text outside", "another header", "tags", "a tag taken away", "line ends", "white space"],
+)
+def test_what_a_person_may_change_in_a_card_is_no_difference(old: str, new: str, out: Path) -> None:
+    card = (out / "README.md").read_bytes().decode()
+    assert old in card
+    (out / "README.md").write_bytes(card.replace(old, new).encode())
+    found = verify(out)
+    assert found.agrees, str(found)
+
+
+def test_many_false_lines_are_cut_short(out: Path) -> None:
+    change_card(out, "### Quality\n", "### Quality\n" + "".join(f"line {number}\n" for number in range(5000)))
+    rows = differing(verify(out))["card"]
+    assert len(rows) == 21
+    assert rows[-1].item == "section: 4980 more lines"
+
+
+def test_the_base_model_of_the_header_is_that_of_the_report(made: Path, out: Path) -> None:
+    renamed(out, "user/dense")
+    forge(out)
+    base = str(made / "dense")
+    items = {row.item: row for row in verify(out, base=base).rows if row.check == "card"}
+    assert items["header: base_model"].status == items["header: base_model_relation"].status == AGREES
+    change_card(out, "base_model: user/dense", "base_model: somebody/large")
+    assert [row.item for row in differing(verify(out, base=base))["card"]] == ["header: base_model"]
+
+
+def test_a_base_model_that_a_person_has_put_into_the_header_is_not_taken_for_granted(out: Path) -> None:
+    change_card(out, "library_name: transformers", "library_name: transformers\nbase_model: somebody/large")
+    row = next(row for row in verify(out).rows if row.item == "header: base_model")
+    assert (row.status, row.claimed) == (NOT_CHECKED, "somebody/large")
+
+
+def test_a_card_that_tells_what_was_typed_agrees_but_for_that(out: Path) -> None:
+    card = SparseModelCard.from_folder(out, command="hf-sparse prune `a` ``` b")
+    assert write_card(out, card)
+    found = verify(out)
+    assert found.agrees, str(found)
+    assert "the command that was typed" in {row.item for row in found.rows if row.status == NOT_CHECKED}
+
+
+def test_a_base_that_was_a_repository_there_and_is_a_folder_here_agrees(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed(out, "user/dense")
+    forge(out)
+    (tmp_path / "user" / "dense").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    found = verify(out)
+    assert found.agrees, str(found)
+
+
+OTHER_TEMPLATE = """---
+{{ card_data }}
+---
+{{ begin }}
+# Sparsity by {{ team }}
+
+| Zeros in the pruned sites | {{ in_sites }} |
+| Zeros in all parameters of the model | {{ in_model }} |
+
+### Quality
+
+| | | |
+|---|---|---|
+{%- for row in evaluations %}
+{{ row }}
+{%- endfor %}
+{{ end }}
+"""
+
+
+class TeamCard(SparseModelCard):
+    @classmethod
+    def template_variables(cls, source: Any) -> dict[str, Any]:
+        return {**super().template_variables(source), "team": "Compression"}
+
+
+def test_a_card_of_another_template_is_compared_in_its_figures(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "team.md").write_text(OTHER_TEMPLATE)
+    monkeypatch.setattr(TeamCard, "default_template_path", tmp_path / "team.md")
+    assert write_card(out, TeamCard.from_folder(out))
+    found = verify(out)
+    assert found.agrees, str(found)
+    assert any("another template" in row.reason for row in found.rows if row.status == NOT_CHECKED)
+    set_card_class(TeamCard)
+    try:
+        found = verify(out)
+        assert found.agrees, str(found)
+        assert not any("another template" in row.reason for row in found.rows)
+        change_card(out, "Compression", "Compression, 99 %")
+        assert len(differing(verify(out))["card"]) == 2
+    finally:
+        set_card_class(None)
+    assert verify(out).agrees
+    change_card(out, "| Zeros in all parameters of the model | ", "| Zeros in all parameters of the model | 9")
+    assert [row.item for row in differing(verify(out))["card"]] == ["Zeros in all parameters of the model"]
+
+
+def test_a_card_of_another_version_may_have_other_words_and_no_other_figures(out: Path) -> None:
+    change_report(out, lambda report: report["versions"].update(hf_sparse="99.1"))
+    forge(out)
+    assert verify(out).agrees
+    change_card(out, "### What runs faster", "### How fast it is")
+    found = verify(out)
+    assert found.agrees, str(found)
+    assert "written by hf_sparse 99.1" in " ".join(row.reason for row in found.rows if row.status == NOT_CHECKED)
+    change_card(out, "| `model.layers.1` | 7 | 50.00 %", "| `model.layers.1` | 7 | 93.75 %")
+    assert [row.item for row in differing(verify(out))["card"]] == ["section: `model.layers.1`"]
+
+
+def test_very_many_evaluations_are_one_error(out: Path) -> None:
+    change_report(out, lambda report: report.update(evaluations=report["evaluations"] * 10_001))
+    with pytest.raises(CheckpointError, match="10001 evaluations; at most 10000"):
+        verify(out)
+
+
+def test_a_result_in_the_header_that_cannot_be_sorted_is_read(out: Path) -> None:
+    change_card(out, "      tool: hf_sparse", "      tool: hf_sparse\n      1: [2]\n      ? [3]\n      : 4")
+    assert "card" in differing(verify(out))
 
 
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -428,7 +603,11 @@ def renamed(folder: Path, model: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("", "made in memory"), ("/absent/model", "is not here"), ("user/absent", "cannot be had")],
+    [
+        ("", "made in memory"),
+        ("/absent/model", "no path that a report names is opened"),
+        ("user/absent", "cannot be had"),
+    ],
 )
 def test_a_base_model_that_is_not_there_is_a_reason_and_no_difference(name: str, reason: str, out: Path) -> None:
     renamed(out, name)
@@ -457,11 +636,41 @@ def test_the_embedded_model_is_found_wherever_it_lay(out: Path) -> None:
     assert rows
 
 
+LARGE: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"num_hidden_layers": 200_000}, "num_hidden_layers is 2e\\+05"),
+    "layers that no list could hold": ({"num_hidden_layers": 10**15}, "num_hidden_layers"),
+    "layers within the model": ({"text_config": {"num_layers": 10**6}}, "num_layers"),
+    "labels": ({"num_labels": 10**9}, "num_labels"),
+    "vocabulary": ({"vocab_size": 10**12}, "far more weights"),
+    "width": ({"hidden_size": 2**20, "intermediate_size": 2**20}, "far more weights"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), LARGE.values(), ids=LARGE)
+def test_a_config_of_a_model_that_is_not_in_the_files_is_one_error(
+    changes: dict[str, Any], message: str, out: Path
+) -> None:
+    change_json(out / "config.json", lambda config: config.update(changes))
+    with pytest.raises(CheckpointError, match=f"not that of the weights: .*{message}"):
+        verify(out)
+
+
+def test_nothing_stays_that_counts_after_a_load(out: Path) -> None:
+    from torch.nn.modules import module
+
+    before = len(module._global_parameter_registration_hooks), len(module._global_buffer_registration_hooks)
+    assert verify(out).agrees
+    change_json(out / "config.json", lambda config: config.update(vocab_size=10**12))
+    with pytest.raises(CheckpointError, match="far more weights"):
+        verify(out)
+    assert (len(module._global_parameter_registration_hooks), len(module._global_buffer_registration_hooks)) == before
+
+
 # ------------------------------------------------------------------------------------------------ measuring again
 
 
 def test_figures_are_measured_again(made: Path, out: Path) -> None:
-    found = verify(out, evaluate=True, texts=[made / TEXT])
+    found = verify(out, base=str(made / "dense"), evaluate=True, texts=[made / TEXT])
     assert found.agrees, str(found)
     rows = {row.item: row for row in found.rows if row.check == "evaluation"}
     assert rows[f"perplexity on {TEXT}, sparse"].status == rows[f"perplexity on {TEXT}, dense"].status == AGREES
@@ -475,7 +684,7 @@ def test_figures_are_measured_again(made: Path, out: Path) -> None:
 def test_a_figure_that_cannot_be_had_again_differs(changes: dict[str, Any], item: str, made: Path, out: Path) -> None:
     change_report(out, lambda report: report["evaluations"][0].update(changes))
     forge(out)
-    found = verify(out, evaluate=True, texts=[made / TEXT])
+    found = verify(out, base=str(made / "dense"), evaluate=True, texts=[made / TEXT])
     assert f"perplexity on {TEXT}, {item}" in {row.item for row in differing(found)["evaluation"]}
 
 
@@ -526,6 +735,42 @@ def test_a_number_format_is_that_of_its_figure_and_leaves_the_weights_as_they_ar
 )
 def test_the_number_of_windows_follows_from_the_tokens(told: dict[str, Any], windows: int | None) -> None:
     assert windows_of(Evaluation(None, None, **told)) == windows
+
+
+def endless(items: list[Any], taken: list[Any]) -> Any:
+    """A data set without an end that counts what is taken of it."""
+
+    def load_dataset(*names: Any, **options: Any) -> Any:
+        for number in itertools.count():
+            taken.append(number)
+            yield items[number % len(items)]
+
+    return SimpleNamespace(load_dataset=load_dataset)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "most"),
+    [
+        ({}, AGREES, 30),
+        ({"max_windows": 10**8}, NOT_CHECKED, 0),
+        ({"tokens": 7, "max_windows": None}, NOT_CHECKED, 0),  # not told how many
+    ],
+    ids=["as many windows as stated", "too many", "all"],
+)
+def test_of_a_data_set_on_the_hub_no_more_is_read_than_the_windows_need(
+    changes: dict[str, Any], status: str, most: int, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Any] = []
+    items = [{"text": ""}, {"text": "the cat sat on a mat and the dog ran"}]
+    monkeypatch.setitem(sys.modules, "datasets", endless(items, taken))
+    model, processor = AutoModelForCausalLM.from_pretrained(out), tokenizer()
+    told = evaluate(model, (items[1]["text"] for _ in range(5)), tokenizer=processor, window=16, max_windows=2)
+    values = {**as_evaluation(told), "text": "user/endless", "max_windows": 2, **changes}
+    change_report(out, lambda report: report.update(evaluations=[values]))
+    forge(out)
+    rows = [row for row in verify(out, evaluate=True).rows if row.check == "evaluation"]
+    assert {row.status for row in rows} == {status}
+    assert len(taken) <= most
 
 
 # ------------------------------------------------------------------------------------------------ on the Hub
@@ -588,16 +833,83 @@ def test_everything_is_read_at_the_commit_that_was_found_first(published: Hub) -
     assert published.head(REPOSITORY) != before
 
 
-def test_a_local_folder_that_a_report_on_the_hub_names_is_not_opened(published: Hub, made: Path, out: Path) -> None:
+@pytest.mark.parametrize("where", ["folder", "Hub"])
+def test_a_folder_that_a_report_names_is_not_opened_unless_it_is_given(
+    where: str, published: Hub, made: Path, out: Path
+) -> None:
     renamed(out, str(made / "dense"))
     forge(out)
     for name in ("hf_sparse_report.json", "README.md"):
         published.edit(REPOSITORY, name, (out / name).read_bytes())
-    rows = [row for row in verify(REPOSITORY).rows if row.check == "base"]
-    assert [(row.status, "not opened on this machine; give --base" in row.reason) for row in rows] == [
-        (NOT_CHECKED, True)
-    ]
-    assert statuses(verify(REPOSITORY, base=str(made / "dense")), "base") == {AGREES}
+    place = {"folder": str(out), "Hub": REPOSITORY}[where]
+    row = next(row for row in verify(place).rows if row.check == "base")
+    assert row.status == NOT_CHECKED
+    assert f"give --base {made / 'dense'}" in row.reason
+    assert statuses(verify(place, base=str(made / "dense")), "base") == {AGREES}
+
+
+def test_a_relative_folder_of_the_name_of_a_repository_is_not_opened(
+    published: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama(1).save_pretrained(tmp_path / "user" / "dense")
+    monkeypatch.chdir(tmp_path)
+    row = next(row for row in verify(REPOSITORY).rows if row.check == "base")
+    assert (row.status, "give --base user/dense" in row.reason) == (NOT_CHECKED, True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_dense_model_of_every_family_is_like_the_pruned_one(family: str, tmp_path: Path) -> None:
+    model = FAMILIES[family]()
+    model.save_pretrained(tmp_path / "whole")
+    model.base_model.save_pretrained(tmp_path / "body")  # the Hub has some without their heads
+    prune_(model.bfloat16(), SparsityConfig(metric="magnitude"))
+    model.save_pretrained(tmp_path / "out")
+    for name in ("whole", "body"):
+        place = open_place(str(tmp_path / name))
+        assert unlike(place, headers(tmp_path / "out"), model.base_model_prefix) is None
+
+
+def other_base(hub: Hub, model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    for path in sorted(folder.iterdir()):
+        hub.edit("user/dense", path.name, path.read_bytes())
+
+
+OTHER_BASES: dict[str, tuple[Callable[[], Any], str]] = {
+    "far larger": (lambda: llama(2, hidden_size=128, intermediate_size=512), "values, and this one"),
+    "far smaller": (lambda: llama(1, hidden_size=8), "values, and this one"),
+    "as large, of other shapes": (
+        lambda: llama(2, hidden_size=24, intermediate_size=88), "values lie in tensors of the same name and shape",
+    ),
+    "of a wide number format": (lambda: llama().double(), "bytes for"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "why"), OTHER_BASES.values(), ids=OTHER_BASES)
+def test_another_model_that_a_report_names_is_not_downloaded(
+    model: Callable[[], Any], why: str, published: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_sparse.verify.sizes._SLACK", 0)
+    other_base(published, model(), tmp_path / "other")
+    taken = published.requests(r"/dense/resolve/.*safetensors")
+    row = next(row for row in verify(REPOSITORY).rows if row.check == "base")
+    assert (row.status, why in row.reason, "give --base" in row.reason) == (NOT_CHECKED, True, True)
+    assert len(published.requests(r"/dense/resolve/.*safetensors")) - len(taken) == 1  # its header
+    assert not published.requests(r"/dense/resolve/.*config\.json")
+
+
+def test_of_a_base_that_a_report_names_only_config_and_weights_are_downloaded(published: Hub) -> None:
+    for name in ("consolidated.safetensors", "large.json", "vocab.txt"):
+        published.edit("user/dense", name, b"anything")
+    assert statuses(verify(REPOSITORY), "base") == {AGREES}
+    assert not published.requests(r"/dense/resolve/.*(consolidated|large|vocab|tokenizer)")
+
+
+def test_a_base_whose_config_asks_for_far_more_than_its_files_hold_is_a_reason(published: Hub) -> None:
+    config = json.loads(published.files("user/dense")["config.json"])
+    published.edit("user/dense", "config.json", json.dumps({**config, "vocab_size": 10**12}))
+    row = next(row for row in verify(REPOSITORY).rows if row.check == "base")
+    assert (row.status, "far more weights" in row.reason) == (NOT_CHECKED, True)
 
 
 EVIL = "from pathlib import Path\nPath({!r}).write_text('ran')\nclass Evil: ...\n"

@@ -17,7 +17,7 @@ from hf_sparse.gradual import Gradual, Schedule, Timing, fitting
 from hf_sparse.gradual.account import report_of
 from hf_sparse.gradual.dormant import FILE_NAME, load_dormant_, save_dormant
 from hf_sparse.gradual.inputs import TrainingInputs
-from hf_sparse.report import percent
+from hf_sparse.report_text import percent
 from trainer_callbacks.account import Account, describe
 from trainer_callbacks.base import SparsityCallback
 

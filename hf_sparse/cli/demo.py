@@ -14,7 +14,8 @@ from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config import SparsityConfig
 from hf_sparse.evaluate import Measurement, as_evaluation, evaluate
 from hf_sparse.prune import prune_
-from hf_sparse.report import Report, recipe_words
+from hf_sparse.report import Report
+from hf_sparse.report_text import recipe_words
 
 # Name -> fields of SparsityConfig; the last are the defaults.
 _WAYS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from hf_sparse.claim import Claim
 from hf_sparse.errors import CheckpointError
 from hf_sparse.remote import Folder, Repository, Tensor, open_place, read_claim, read_report, tensors, weight_files
-from hf_sparse.report import Report, percent
+from hf_sparse.report import Report
+from hf_sparse.report_text import percent
 from hf_sparse.sites import count_zeros
 from hf_sparse.text import one_line
 

@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 from hf_sparse import embedded
+from hf_sparse.data.text import is_made_up
 from hf_sparse.errors import ConfigError
 
 _DEVICE = "accelerator to compute on, such as cuda:0; the model stays on the CPU while it is pruned"
@@ -39,6 +40,8 @@ def load_model(arguments: argparse.Namespace) -> Any:
     """The model as the class that it was saved as, in inference mode."""
     from transformers import AutoConfig
 
+    from hf_sparse.verify.loading import auto_class
+
     dtypes = ("auto", "float32", "bfloat16", "float16")
     if arguments.dtype not in dtypes:
         raise ConfigError(f"dtype {arguments.dtype!r} is not known; give one of {', '.join(dtypes)}.")
@@ -49,26 +52,7 @@ def load_model(arguments: argparse.Namespace) -> Any:
         raise ConfigError(
             f"{name!r} is not a model that Transformers can load: {str(error).splitlines()[0]}"
         ) from error
-    return _auto_class(config).from_pretrained(name, config=config, dtype=arguments.dtype, **options)
-
-
-def _auto_class(config: Any) -> Any:
-    """The Auto class that knows the saved architecture for this kind of config, or AutoModel."""
-    from transformers import AutoModel
-    from transformers.models.auto import modeling_auto
-    from transformers.models.auto.auto_factory import _BaseAutoModelClass
-
-    saved = set(getattr(config, "architectures", None) or ())
-    remote = set(getattr(config, "auto_map", None) or ())
-    for auto in _BaseAutoModelClass.__subclasses__():
-        if auto.__name__ in remote and auto.__module__ == modeling_auto.__name__:
-            return auto
-        mapping = auto._model_mapping
-        if mapping is not None and type(config) in mapping:
-            found = mapping[type(config)]
-            if saved & {known.__name__ for known in (found if isinstance(found, tuple) else (found,))}:
-                return auto
-    return AutoModel
+    return auto_class(config).from_pretrained(name, config=config, dtype=arguments.dtype, **options)
 
 
 def load_processor(arguments: argparse.Namespace) -> Any:
@@ -77,7 +61,8 @@ def load_processor(arguments: argparse.Namespace) -> Any:
 
     for auto in (AutoTokenizer, AutoProcessor):
         try:
-            return auto.from_pretrained(model_name(arguments), **hub_options(arguments))
+            found = auto.from_pretrained(model_name(arguments), **hub_options(arguments))
+            return None if is_made_up(found) else found
         except (
             OSError,
             ValueError,

@@ -13,7 +13,10 @@ from urllib.parse import quote
 from hf_sparse.text import HIDDEN, printable, without_secrets
 
 _ENVIRONMENT = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_OPTION = re.compile(r"-+(?:[\w-]+-)?to\w*(?:=(.*))?", re.DOTALL)  # --token, shortened or with a slip of the pen
+# --token, shortened as argparse allows or with a slip of the pen, but no other option such as --tolerance.
+_OPTION = re.compile(r"(?:--t|-+(?:[\w-]+-)?to(?:k\w*)?)(?:=(.*))?", re.DOTALL)
+# What progress bars and colours need: back to the start of the line, letters' looks, one up, clear the line.
+_MOVES = re.compile(r"(\r|\x1b\[[0-9;]{0,24}[mAK])")
 _SHORTEST = 6  # letters: what is shorter is no token, and would be taken out of other words
 
 
@@ -60,15 +63,16 @@ def _closed(error: BrokenPipeError) -> NoReturn:
 def guarded(words: Sequence[str]) -> Iterator[None]:
     """Guard stdout and stderr, and the logs that go there, while a command runs; `words` are those of its command line.
 
-    stdout loses control characters other than line ends and tabs. stderr keeps them, as progress bars need them. Both lose the
-    access token among `words` or in the environment, and whatever `without_secrets` knows.
+    stdout loses control characters other than line ends and tabs. stderr keeps, beside these, what progress bars and colours
+    need; messages of other libraries hold names out of files. Both lose the access token among `words` or in the environment,
+    and whatever `without_secrets` knows.
 
     Raises: OutputClosed when nobody reads the output any more.
     """
     hidden = _forms([*_tokens(words), *(os.environ.get(name, "") for name in _ENVIRONMENT)])
     out, error = sys.stdout, sys.stderr
     safe_out = cast(TextIO, Guarded(out, lambda text: printable(_hide(text, hidden))))
-    safe_error = cast(TextIO, Guarded(error, lambda text: _hide(text, hidden)))
+    safe_error = cast(TextIO, Guarded(error, lambda text: _shown_on_terminal(_hide(text, hidden))))
     handlers = _handlers(error)
     sys.stdout, sys.stderr = safe_out, safe_error
     for handler in handlers:
@@ -114,6 +118,11 @@ def _hide(text: str, forms: list[str]) -> str:
     for form in forms:
         text = text.replace(form, HIDDEN)
     return without_secrets(text)
+
+
+def _shown_on_terminal(text: str) -> str:
+    """Text for stderr: every other control character is replaced, also the first of a sequence that is not whole."""
+    return "".join(piece if _MOVES.fullmatch(piece) else printable(piece) for piece in _MOVES.split(text))
 
 
 def _handlers(stream: TextIO) -> list[Any]:

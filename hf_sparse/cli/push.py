@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 
 from hf_sparse import hub, publish
-from hf_sparse.errors import ConfigError
+from hf_sparse.errors import CheckpointError, ConfigError
 from hf_sparse.remote import is_repository
 from hf_sparse.remote.hub import told
 from hf_sparse.report import FILE_NAME as REPORT_FILE
@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not is_repository(arguments.repository):
         raise ConfigError(f"{one_line(arguments.repository)!r} cannot be the name of a repository; write USER/NAME.")
     config, report = read_config(folder), read_report(folder)
-    names, left_out = files_to_publish(folder)
+    names, left_out, outside = files_to_publish(folder)
+    local = _read(folder / hub.README) if hub.README in names else ""
     with tempfile.TemporaryDirectory() as place, told(arguments.repository, arguments.revision, doing="pushed to"):
         beside = Path(place)
         report.save(beside)  # with the hashes of the files as they are
@@ -51,25 +52,44 @@ def run(arguments: argparse.Namespace) -> None:
         files |= {name: beside / name for name in (REPORT_FILE, picture) if name}
         card = _card(report, config, picture, arguments.token)
         repository, note = _made(arguments)
-        readme = _readme(card, folder / hub.README, arguments.readme)
+        readme = _readme(card, local, arguments)
         done = hub.commit(
             files, repository, readme, message=arguments.message, token=arguments.token, revision=arguments.revision,
             create_pr=arguments.create_pr,
         )  # fmt: skip
+    unchanged = isinstance(done, hub.Unchanged)
     size = sum((folder / name).stat().st_size for name in names)
     found: dict[str, Any] = {
-        "repository": repository, "url": done.pr_url or done.commit_url, "commit": done.oid, "files": sorted({*files, hub.README}),
-        "left_out": left_out, "bytes": size, "note": note,
+        "repository": repository, "url": done.pr_url or done.commit_url, "commit": done.oid, "changed": not unchanged,
+        "files": sorted({*files, hub.README}), "left_out": sorted([*left_out, *outside]), "bytes": size, "note": note,
     }  # fmt: skip
     if arguments.json:
         print(json.dumps(found))
         return
     if note:
         print(f"note: {note}")
-    if left_out:
-        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        print(f"left out, as no part of the model: {', '.join(left_out[:5])}{more}")
-    print(f"pushed {len(found['files'])} files ({size / 2**20:.1f} MiB) to {repository}: {found['url']}")
+    _name("left out, as no part of the model", left_out)
+    _name("left out, as links to what is outside of the folder", outside)
+    if unchanged:
+        opened = "; no pull request was opened" if arguments.create_pr else ""
+        print(f"nothing changed: {repository} has all of it already{opened}: {found['url']}")
+    else:
+        print(f"pushed {len(found['files'])} files ({size / 2**20:.1f} MiB) to {repository}: {found['url']}")
+
+
+def _name(why: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"{why}: {', '.join(one_line(name, 120) for name in names[:5])}{more}")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{one_line(str(file))!r} is not UTF-8 text ({error.reason}); save it as UTF-8, or move it away."
+        ) from error
 
 
 def _card(report: Report, config: dict[str, Any], picture: str | None, token: str | None) -> ModelCard:
@@ -88,27 +108,24 @@ def _made(arguments: argparse.Namespace) -> tuple[str, str | None]:
     return repository, None
 
 
-def _readme(card: Any, file: Path, whose: str | None) -> Callable[[str | None], str]:
-    """What makes the README to push of the one in the repository."""
-    local = file.read_bytes().decode("utf-8-sig", errors="replace") if file.is_file() else ""
-    own = _own_text(local)
+def _readme(card: Any, local: str, arguments: argparse.Namespace) -> Callable[[str | None], str]:
+    """What makes the README to push of the one in the repository: the one of the two that has all of the other's own text."""
+    from model_cards.own import OwnText, own_text
+
+    own = own_text(local)
+    if own.lines == own_text(card.content).lines:  # a template of one's own
+        own = OwnText((), own.header)
 
     def readme(there: str | None) -> str:
-        if whose == "folder" or there is None:
+        if arguments.readme == "folder" or there is None:
             return publish.merged(card, local)
-        if whose is None and own not in ("", _own_text(card.content), _own_text(there)):
-            raise ConfigError(
-                f"{one_line(str(file))!r} and the README in the repository have different texts around the card; say whose to keep: "
-                "--readme folder or --readme repository."
-            )
-        return publish.merged(card, there)
+        if arguments.readme == "repository" or own.is_in(own_text(there)):
+            return publish.merged(card, there)
+        if own_text(there).is_in(own):
+            return publish.merged(card, local)
+        raise ConfigError(
+            f"README.md in {one_line(str(arguments.folder))!r} and in the repository have different texts around the card, or different "
+            "values in their headers; say whose to keep: --readme folder or --readme repository."
+        )
 
     return readme
-
-
-def _own_text(text: str) -> str:
-    """What stands in a README beside the header and our section, white space aside."""
-    from model_cards.parts import part_of
-
-    body = ModelCard(text, ignore_metadata_errors=True).text if text else ""
-    return " ".join(body.replace(part_of(body) or "", "").split())

@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from hf_sparse.errors import CheckpointError, ConfigError
 from hf_sparse.replace import write_whole
 from hf_sparse.report import FILE_NAME, Report
+
+_LOCK = ".hf_sparse_record.lock"  # hidden files are no part of a model, and are not published
 
 
 def check_recordable(name: str, dtype: str) -> Path:
@@ -63,15 +67,16 @@ def record(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> bool:
     from model_cards import card_class, write_card
     from model_cards.evaluation import measured_again
 
-    report = Report.load(folder)
-    for values in evaluations:
-        report.evaluations = measured_again(report.evaluations, values)
-    with tempfile.TemporaryDirectory() as aside:
-        content = report.save(aside).read_bytes()
-    with _both_or_none(folder / FILE_NAME, folder / "README.md"):
-        # The report first: a card whose figures no report has could not be checked, should the process be killed in between.
-        write_whole(folder / FILE_NAME, content)
-        return write_card(folder, card_class().from_folder(folder))
+    with FileLock(folder / _LOCK):  # two commands may measure at once, and both figures are to stay
+        report = Report.load(folder)
+        for values in evaluations:
+            report.evaluations = measured_again(report.evaluations, values)
+        with tempfile.TemporaryDirectory() as aside:
+            content = report.save(aside).read_bytes()
+        with _both_or_none(folder / FILE_NAME, folder / "README.md"):
+            # The report first: a card whose figures no report has could not be checked, should the process be killed in between.
+            write_whole(folder / FILE_NAME, content)
+            return write_card(folder, card_class().from_folder(folder))
 
 
 @contextmanager

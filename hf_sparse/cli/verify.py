@@ -15,7 +15,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--base",
         default=None,
         metavar="MODEL",
-        help="the model that was pruned (default: the one that the report names)",
+        help="the model that was pruned (default: the one that the report names, if that is 'embedded' or like it on the Hub; folders only from here)",
     )
     parser.add_argument("--evaluate", action="store_true", help="measure the report's figures again")
     parser.add_argument(

@@ -19,6 +19,14 @@ _CHOICE = 4
 _TELLING = 64  # characters
 
 
+def is_made_up(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows nothing but special tokens: Transformers makes such ones for models that come without a tokenizer."""
+    try:
+        return len(tokenizer.get_vocab()) <= len(set(tokenizer.all_special_tokens))
+    except (AttributeError, NotImplementedError, TypeError):  # a processor, or one that works on bytes without a list
+        return False
+
+
 def kind_of(item: Any, name: str) -> str:
     """What an item is: "text", "chat", "stream" or "rows"; raises CalibrationError for anything else."""
     if isinstance(item, str):

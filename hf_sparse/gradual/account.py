@@ -8,7 +8,8 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.gradual.engine import Gradual
 from hf_sparse.plan import SitePlan
 from hf_sparse.prune_report import add_earlier_, block_reports, make_report
-from hf_sparse.report import BlockReport, Report, SiteReport, percent
+from hf_sparse.report import BlockReport, Report, SiteReport
+from hf_sparse.report_text import percent
 
 
 def report_of(

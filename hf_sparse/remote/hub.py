@@ -1,6 +1,5 @@
 """A repository on the Hub, looked at without a download: its files at one commit, and pieces of them."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -28,7 +27,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from hf_sparse.errors import HubError
-from hf_sparse.hashes import sha256_of
+from hf_sparse.hashes import git_hash_of, sha256_of
 from hf_sparse.remote.files import File
 from hf_sparse.text import one_line
 
@@ -109,11 +108,7 @@ class Repository:
 
 def hub_hash(path: Path, file: File) -> str:
     """The hash of a file on disk in the way in which the Hub has it: SHA-256, or git's for what lies in git itself."""
-    if file.sha256 is not None:
-        return sha256_of(path)
-    content = path.read_bytes()
-    # Not for secrecy: it is the name that git gives to content.
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    return git_hash_of(path) if file.sha256 is None else sha256_of(path)
 
 
 def forget(path: Path) -> None:

@@ -12,6 +12,7 @@ from hf_sparse.verify import base as base_check
 from hf_sparse.verify import card, claims, files, measured, sites
 from hf_sparse.verify.loading import DTYPES, load, model_config
 from hf_sparse.verify.rows import AGREES, DIFFERS, NOT_CHECKED, Row, Verification
+from hf_sparse.verify.sizes import TooLargeError, check_config, headers
 from hf_sparse.verify.subject import Options, Subject
 
 __all__ = ["AGREES", "DIFFERS", "NOT_CHECKED", "Row", "Verification", "verify"]
@@ -19,6 +20,7 @@ __all__ = ["AGREES", "DIFFERS", "NOT_CHECKED", "Row", "Verification", "verify"]
 TOLERANCE = (
     1e-3  # relative; what other kernels, threads and versions of the libraries make of the same weights is far less
 )
+_MOST_EVALUATIONS = 10_000
 
 
 def verify(
@@ -38,7 +40,8 @@ def verify(
 
     Args:
         model: a folder, `embedded`, or a repository on the Hub, which is downloaded at what `revision` means now.
-        base: the model that was pruned, in the same ways; without it the one that the report names, where that may be opened.
+        base: the model that was pruned, in the same ways; without it the one that the report names, where that is in the package or
+            on the Hub and its files tell of tensors like the model's. No folder is opened that was not given here.
         evaluate: measure the report's figures again.
         texts: files with texts that the report names, to measure on.
         dtype: number format to measure in; without it the one that the report states, or that of the weights.
@@ -72,6 +75,10 @@ def _subject(place: Folder | Repository, options: Options) -> Subject:
         raise CheckpointError(
             f"{one_line(place.name)!r} claims nothing that could be verified: config.json has no key hf_sparse, and there is no report."
         )
+    if report is not None and len(report.evaluations) > _MOST_EVALUATIONS:
+        raise CheckpointError(
+            f"the report of {one_line(place.name)!r} holds {len(report.evaluations)} evaluations; at most {_MOST_EVALUATIONS} are looked at."
+        )
     text = read_card(place)
     folder = (
         place.path
@@ -100,14 +107,25 @@ def _rows(subject: Subject, evaluate: bool) -> Iterator[Row]:
 def _load(subject: Subject) -> Row | None:
     """Load the weights; what keeps them from being loaded is a difference: a model that was saved can be read.
 
-    Raises: CheckpointError for a model of a kind that cannot be verified.
+    Raises: CheckpointError for a model of a kind that cannot be verified, or of a size that its files do not have.
     """
     code = subject.options.trust_remote_code
+    try:
+        stored = headers(subject.folder)
+    except CheckpointError as error:
+        return _broken(error)
+    check_config(subject.folder, stored)
     config = model_config(subject.folder, trust_remote_code=code)
     try:
         subject.loaded = load(subject.folder, config, trust_remote_code=code)
+    except TooLargeError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = "the weights are not whole, or not of this config"
-        return Row("weights", "load", DIFFERS, "a model that loads", one_line(lines[0], 200), reason)
+        return _broken(error)
     return None
+
+
+def _broken(error: Exception) -> Row:
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = "the weights are not whole, or not of this config"
+    return Row("weights", "load", DIFFERS, "a model that loads", one_line(lines[0], 200), reason)

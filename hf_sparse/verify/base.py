@@ -1,5 +1,6 @@
 """Compares the kept weights, and every tensor that was not pruned, with the base model's, bit for bit."""
 
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,17 +11,17 @@ import torch
 from hf_sparse import embedded
 from hf_sparse.errors import CheckpointError, HfSparseError, HubError
 from hf_sparse.permute import permuted_state_dict
-from hf_sparse.remote import CONFIG, Folder, Repository, is_repository, open_place, weight_files
+from hf_sparse.remote import CONFIG, Folder, Place, Repository, is_repository, open_place, weight_files
 from hf_sparse.report import Report
 from hf_sparse.sites import Site, plain_name, view
 from hf_sparse.text import one_line
 from hf_sparse.verify.files import wanted
 from hf_sparse.verify.loading import Loaded, load_as, tensors_of
 from hf_sparse.verify.rows import DIFFERS, Row, compared, skipped
-from hf_sparse.verify.subject import Subject
+from hf_sparse.verify.sizes import files_of_base, headers, unlike
+from hf_sparse.verify.subject import Subject, is_embedded
 
 CHECK = "base"
-_EMBEDDED = "hf_sparse/embedded/model"  # where the model in the package lay on the machine that pruned it
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -44,43 +45,60 @@ def find_base(subject: Subject) -> Base:
     given, told = subject.options.base, subject.report.model if subject.report else ""
     if given is not None:
         return Base(given, _load(subject, given, with_code=subject.options.trust_remote_code))
-    name, reason = _named(told, from_hub=subject.place.commit is not None)
+    name, reason = _named(told)
     if reason:
         return Base(told, None, reason)
     try:
+        if name != embedded.NAME:
+            return _from_hub(subject, name)
         return Base(name, _load(subject, name, with_code=False))
     except HubError as error:
         return Base(name, None, f"the base model cannot be had ({error}); give --base")
     except (HfSparseError, OSError, ValueError, ImportError, RuntimeError) as error:
-        return Base(
-            name, None, f"the base model {one_line(name)!r} cannot be loaded ({one_line(error, 200)}); give --base"
-        )
+        shown = f"{one_line(name)!r} cannot be loaded ({one_line(error, 200)})"
+        return Base(name, None, f"the base model {shown}; give --base")
 
 
-def _named(told: str, from_hub: bool) -> tuple[str, str]:
-    """The name of the base in a report, or why it is not opened."""
-    if told == embedded.NAME or told.replace("\\", "/").rstrip("/").endswith(_EMBEDDED):
+def _named(told: str) -> tuple[str, str]:
+    """The name of the base in a report, or why it is not opened: a folder of that name may be here by chance, or by intent."""
+    if is_embedded(told):
         return embedded.NAME, ""
     if not told:
-        return "", "the report names no base model (it was made in memory); give --base"
-    if from_hub:  # a folder of that name may be here by chance, or by intent
-        if is_repository(told) and not Path(told).exists():
-            return told, ""
-        return (
-            "",
-            f"the report names {one_line(told)!r}, and what a report from the Hub names is not opened on this machine; give --base",
-        )
-    if Path(told).is_dir() or is_repository(told):
+        return "", "the report names no base model (it was made in memory); give --base with the model that was pruned"
+    if is_repository(told) and not Path(told).exists():
         return told, ""
-    return "", f"the base model {one_line(told)!r} is not here; give --base"
+    shown = one_line(told)
+    return (
+        "",
+        f"the report names {shown!r}, and no path that a report names is opened; give --base {shlex.quote(shown)} if you trust it",
+    )
+
+
+def _from_hub(subject: Subject, name: str) -> Base:
+    """The base that a report names, downloaded only where the first bytes of its files tell of tensors like the model's."""
+    place = Repository(name, token=subject.options.token, cache_dir=subject.options.cache_dir)
+    _check_files(place)
+    why = unlike(place, headers(subject.folder), getattr(subject.model, "base_model_prefix", ""))
+    if why is not None:
+        return Base(
+            name,
+            None,
+            f"{one_line(name)!r}, which the report names, is another model ({why}); give --base with the one that was pruned",
+        )
+    folder = place.download(files_of_base(place))
+    return Base(name, load_as(type(subject.model), folder, dtype=subject.model.dtype))
+
+
+def _check_files(place: Place) -> None:
+    weight_files(place)
+    if CONFIG not in place.files:
+        raise CheckpointError(f"{one_line(place.name)!r} has no {CONFIG}, so it is no base model.")
 
 
 def _load(subject: Subject, name: str, with_code: bool) -> Loaded:
     options = subject.options
     place = open_place(name, token=options.token, cache_dir=options.cache_dir)
-    weight_files(place)
-    if CONFIG not in place.files:
-        raise CheckpointError(f"{one_line(name)!r} has no {CONFIG}, so it is no base model.")
+    _check_files(place)
     folder = place.download(wanted(place.files, with_code)) if isinstance(place, Repository) else place.path
     if isinstance(place, Folder) and "adapter_config.json" in place.files:
         raise CheckpointError(f"{one_line(name)!r} holds an adapter; give the model that was pruned.")

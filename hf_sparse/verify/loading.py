@@ -12,6 +12,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from hf_sparse.errors import CheckpointError
 from hf_sparse.text import one_line
+from hf_sparse.verify.sizes import check_config, headers, no_larger_than
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,10 +36,16 @@ def load(folder: Path, config: Any, *, trust_remote_code: bool = False) -> Loade
 
 
 def load_as(kind: Any, folder: Path, *, dtype: Any = "auto", **options: Any) -> Loaded:
-    """The weights in a folder as a model of a class, or of what an Auto class makes of the config."""
-    model, told = kind.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-    )
+    """The weights in a folder as a model of a class, or of what an Auto class makes of the config.
+
+    Raises: TooLargeError for a config that asks for far more than the files hold, and what Transformers raises.
+    """
+    stored = headers(folder)
+    check_config(folder, stored)
+    with no_larger_than(stored):
+        model, told = kind.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
     wrong = {entry[0] for entry in told.get("mismatched_keys", ())}
     return Loaded(
         model.eval(), folder, frozenset(told["missing_keys"]) | wrong, frozenset(told["unexpected_keys"]) - wrong

@@ -1,10 +1,13 @@
 """Measures the figures in the report again: the same text, windows and number format, for both models."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.errors import CheckpointError, HfSparseError
+from hf_sparse.data.sources import open_source
+from hf_sparse.data.text import kind_of, text_ids
+from hf_sparse.errors import CalibrationError, CheckpointError, HfSparseError
 from hf_sparse.evaluate import Measurement, evaluate
 from hf_sparse.text import one_line
 from hf_sparse.verify.base import Base
@@ -13,6 +16,7 @@ from hf_sparse.verify.rows import AGREES, DIFFERS, Row, compared, skipped
 from hf_sparse.verify.subject import Subject
 
 CHECK = "evaluation"
+_MOST_TOKENS, _ITEMS_PER_TOKEN = 2**24, 4  # of a data set on the Hub
 _FILES = (".txt", ".jsonl", ".npy")
 
 
@@ -34,8 +38,10 @@ def _one(subject: Subject, base: Base, told: Any, tokenizer: Any) -> Iterator[Ro
         yield skipped(CHECK, name, "a task of a harness: hf-sparse evaluate --tasks measures it again", told.sparse)
         return
     text = _text(subject, told.text)
-    if text is None:
-        reason = "the text is not known here; give --text with the path of a file of that name"
+    reason = "the text is not known here; give --text with the path of a file of that name" if text is None else ""
+    if text is not None and _is_from_hub(subject, text):
+        reason = _unbounded(told)
+    if text is None or reason:
         yield skipped(CHECK, name, reason, told.sparse)
         return
     for which, loaded, missing, value in (
@@ -92,8 +98,9 @@ def _measure(subject: Subject, loaded: Loaded, told: Any, text: str, tokenizer: 
     if wanted is not None and wanted != model.dtype:
         # Converting the model at hand would round what a model of that format keeps wide, such as rotary frequencies.
         model = load_as(type(model), loaded.folder, dtype=wanted).model
+    data = _first_items(text, told, tokenizer) if _is_from_hub(subject, text) else text
     return evaluate(
-        model, text, tokenizer=tokenizer, window=told.window, stride=told.stride if told.stride != told.window else None,
+        model, data, tokenizer=tokenizer, window=told.window, stride=told.stride if told.stride != told.window else None,
         max_windows=windows_of(told), seed=told.seed or 0, same_text_allowed=True,
     )  # fmt: skip
 
@@ -106,6 +113,46 @@ def _text(subject: Subject, name: str) -> str | None:
         return name
     here = Path(name).suffix.lower() in _FILES or not name or "/" not in name or Path(name).exists()
     return None if here or name.startswith((".", "/", "~")) else name
+
+
+def _is_from_hub(subject: Subject, text: str) -> bool:
+    return text not in subject.options.texts.values() and not text.startswith("stdlib:")
+
+
+def _tokens_needed(told: Any) -> int | None:
+    """How many tokens of one long text the windows of a figure take; None where their number is not told."""
+    windows = windows_of(told)
+    if windows is None or windows < 1 or not told.window or told.window < 1:
+        return None
+    return int(told.window + (windows - 1) * (told.stride or told.window))
+
+
+def _unbounded(told: Any) -> str:
+    """Why a data set on the Hub is not read, which may have no end; empty where it is."""
+    needed = _tokens_needed(told)
+    if needed is None:
+        return "the report does not tell how many windows of that data set were used; give --text with a file of them"
+    if needed > _MOST_TOKENS:
+        return f"its windows take {needed:,} tokens of a data set on the Hub, at most {_MOST_TOKENS:,} are read; give --text"
+    return ""
+
+
+def _first_items(name: str, told: Any, tokenizer: Any) -> Iterator[Any]:
+    """No more of a data set on the Hub than the windows of a figure need: texts until they have so many tokens, else as many rows."""
+    needed = _tokens_needed(told) or 0
+    source, items = open_source(name)
+    windows, tokens = windows_of(told) or 0, 0
+    for number, item in enumerate(items):
+        yield item
+        if tokenizer is None or kind_of(item, source) != "text":
+            done = number + 1 >= windows
+        else:
+            with suppress(CalibrationError):  # an empty text
+                tokens += text_ids([item], tokenizer, 1, None, source).numel()
+            done = tokens >= needed
+        # Many texts of a data set may be empty.
+        if done or number >= _ITEMS_PER_TOKEN * needed:
+            return
 
 
 def _tokenizer(subject: Subject) -> Any:

@@ -5,12 +5,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hf_sparse import embedded
 from hf_sparse.claim import Claim
 from hf_sparse.families import Inventory, find_sites
 from hf_sparse.remote import Folder, Repository
 from hf_sparse.report import Report
 from hf_sparse.sites import Site
 from hf_sparse.verify.loading import Loaded
+
+_EMBEDDED = "hf_sparse/embedded/model"  # where the model in the package lay on the machine that pruned it
+
+
+def is_embedded(name: str) -> bool:
+    """Whether a report names the model in the package, wherever that lay."""
+    return name == embedded.NAME or name.replace("\\", "/").rstrip("/").endswith(_EMBEDDED)
 
 
 @dataclass
