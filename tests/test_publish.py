@@ -352,6 +352,19 @@ def test_each_strategy_pushes_card_and_report_of_the_weights_beside_them(
         assert {f"{folder}/{name}" for name in BESIDE} <= set(files)
 
 
+@pytest.mark.parametrize("strategy", ["end", "every_save", "all_checkpoints"])
+def test_a_token_in_the_arguments_is_not_pushed(strategy: str, hub: Hub, tmp_path: Path) -> None:
+    run = trainer(
+        pruned(), tmp_path, push_to_hub=True, hub_token=hub.token, hub_strategy=strategy, hub_always_push=True, save_strategy="steps",
+        save_steps=1,
+    )  # fmt: skip
+    run.train()
+    run.push_to_hub()
+    assert hub.token.encode() in (tmp_path / "training_args.bin").read_bytes()  # so there is something to leave out
+    for revision in [commit["oid"] for commit in hub.commits(REPOSITORY)]:
+        assert not [name for name, content in hub.files(REPOSITORY, revision).items() if hub.token.encode() in content]
+
+
 def test_while_an_adapter_is_trained(hub: Hub, tmp_path: Path) -> None:
     adapted = get_peft_model(pruned(), LoraConfig(r=2, target_modules="all-linear"))
     run = trainer(

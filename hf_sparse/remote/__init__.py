@@ -111,7 +111,9 @@ def _fetch(place: Place, name: str, most: int) -> Path:
     file = place.files.get(name)
     if file is None:
         what = "is no model folder" if isinstance(place, Folder) else "is no model"
-        raise CheckpointError(f"{one_line(place.name)!r} {what}: it has no {name}.")
+        revision = getattr(place, "revision", None)
+        where = f" at revision {one_line(revision, 120)!r}" if revision else ""
+        raise CheckpointError(f"{one_line(place.name)!r}{where} {what}: it has no {name}.")
     if file.size > most:
         raise CheckpointError(f"{name} of {one_line(place.name)!r} has {file.size} bytes; at most {most} are read.")
     return place.local(name)

@@ -47,7 +47,7 @@ class Repository:
     def __init__(
         self, name: str, *, revision: str | None = None, token: str | bool | None = None, cache_dir: str | None = None
     ) -> None:
-        self.name, self._token, self._cache = name, token, cache_dir
+        self.name, self.revision, self._token, self._cache = name, revision, token, cache_dir
         with told(name, revision):
             self.commit = _resolve(name, revision, token)
 

@@ -174,6 +174,9 @@ def _uploading(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def upload_folder(self: Any, *args: Any, **kwargs: Any) -> Any:
         push = _push.get()
+        if push is not None and getattr(push.trainer.args, "hub_token", None) is not None:
+            # The arguments of the training are pickled with the token in them.
+            kwargs["ignore_patterns"] = [*_listed(kwargs.get("ignore_patterns")), "training_args.bin"]
         is_push = push is not None and not kwargs.get("path_in_repo")  # not that of a checkpoint in a folder of its own
         if push is not None and is_push and Path(kwargs.get("folder_path", "")) == push.folder:
             refusal = _refusal(push)
