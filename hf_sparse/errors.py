@@ -24,6 +24,10 @@ class CheckpointError(HfSparseError):
     """Raised when files on disk cannot be read as a sparse model or must not be overwritten."""
 
 
+class KernelError(HfSparseError):
+    """Raised when a weight, an input or packed buffers are not what the sparse kernels can work on."""
+
+
 class PruningInterrupted(HfSparseError):
     """Raised when a run fails after some blocks were changed; `blocks` holds the indices of those already pruned."""
 

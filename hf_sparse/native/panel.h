@@ -1,0 +1,152 @@
+// The order of work that all instruction sets share: a group of stripes is expanded piece by piece into a panel that stays in the
+// cache, and each piece is multiplied with all tokens while the sums of the group stay in the cache as well.
+//
+// This file is compiled once per instruction set, with that set's compiler flags. Everything in it has internal linkage and uses
+// nothing of the standard library: the linker keeps one copy of a shared inline function, and that copy could hold instructions
+// that other processors do not have.
+#pragma once
+
+#include "kernels.h"
+#include "layout.h"
+
+namespace hf_sparse {
+namespace {
+
+static inline int64_t smaller(int64_t first, int64_t second) { return first < second ? first : second; }
+
+// The stripes of one group. Where there are fewer than four, the last stands in for the missing ones, whose sums are dropped.
+struct Group {
+  int64_t first, count;
+  int64_t stripe[group_stripes];
+};
+
+static inline Group group_of(const Job& job, int64_t index) {
+  Group group{index * group_stripes, smaller(group_stripes, job.stripes - index * group_stripes), {}};
+  for (int64_t i = 0; i < group_stripes; ++i) {
+    const int64_t place = group.first + smaller(i, group.count - 1);
+    group.stripe[i] = job.selected ? job.selected[place] : place;
+  }
+  return group;
+}
+
+template <class Element>
+struct Outputs;
+
+template <>
+struct Outputs<uint16_t> {
+  static inline float bias(const void* all, int64_t row) { return widen(static_cast<const uint16_t*>(all)[row]); }
+  static inline uint16_t value(float sum) { return narrow(sum); }
+};
+
+template <>
+struct Outputs<float> {
+  static inline float bias(const void* all, int64_t row) { return static_cast<const float*>(all)[row]; }
+  static inline float value(float sum) { return sum; }
+};
+
+// Adds the bias, rounds once and stores. `sums` holds 64 numbers per token. With a selection every row of a stripe has a place.
+template <class Element>
+static void finish(const Job& job, const Group& group, const float* sums, int64_t first_token, int64_t tokens) {
+  const int64_t start = group.first * stripe_rows;
+  const int64_t end = job.selected ? start + group.count * stripe_rows : smaller(start + group_rows, job.rows);
+  float bias[group_rows] = {};
+  if (job.bias) {
+    for (int64_t row = start; row < end; ++row) bias[row - start] = Outputs<Element>::bias(job.bias, row);
+  }
+  for (int64_t token = 0; token < tokens; ++token) {
+    Element* to = static_cast<Element*>(job.outputs) + (first_token + token) * job.output_stride + start;
+    const float* from = sums + token * group_rows;
+    for (int64_t i = 0; i < end - start; ++i) to[i] = Outputs<Element>::value(from[i] + bias[i]);
+  }
+}
+
+// A piece of the panel is `Kernel::depth` pairs deep. Kernel::expand fills a piece of one stripe and moves the cursor on;
+// Kernel::dense gives a piece of a dense stripe, converted into the same place or where it lies. Kernel::tiles multiplies.
+template <class Kernel>
+static void run_panel(const Job& job, int64_t index, void* scratch) {
+  using Weight = typename Kernel::Weight;
+  const Group group = group_of(job, index);
+  Weight* panel = static_cast<Weight*>(scratch);
+  const int64_t panel_weights = Kernel::depth * pair_weights;
+  float* sums = reinterpret_cast<float*>(panel + group_stripes * panel_weights);
+  const uint16_t* cursor[group_stripes];
+  for (int64_t i = 0; i < group_stripes; ++i) {
+    cursor[i] = job.masks ? job.values + job.offsets[group.stripe[i]] : nullptr;
+  }
+  for (int64_t pair = 0; pair < job.pairs; pair += Kernel::depth) {
+    const int64_t pairs = smaller(Kernel::depth, job.pairs - pair);
+    const Weight* pieces[group_stripes];
+    for (int64_t i = 0; i < group_stripes; ++i) {
+      if (i >= group.count) {
+        pieces[i] = pieces[i - 1];
+        continue;
+      }
+      const int64_t begin = group.stripe[i] * job.pairs + pair;
+      Weight* piece = panel + i * panel_weights;
+      if (job.masks) {
+        cursor[i] = Kernel::expand(job.masks + begin, pairs, cursor[i], piece);
+        pieces[i] = piece;
+      } else {
+        pieces[i] = Kernel::dense(job.values + begin * pair_weights, pairs, piece);
+      }
+    }
+    Kernel::multiply(job, pieces, pair, pairs, sums);
+  }
+  finish<typename Kernel::Element>(job, group, sums, 0, job.tokens);
+}
+
+template <class Kernel>
+static int64_t panel_scratch(const Job& job) {
+  return group_stripes * Kernel::depth * pair_weights * static_cast<int64_t>(sizeof(typename Kernel::Weight)) +
+         job.tokens * group_rows * static_cast<int64_t>(sizeof(float));
+}
+
+// Tokens are taken in tiles of nearly equal size, at most `largest`, so that no tile is left with very few.
+struct Tiles {
+  int64_t count, small, larger;  // the first `larger` tiles have small + 1 tokens, the others `small`
+};
+
+static inline Tiles tiles_of(int64_t tokens, int64_t largest) {
+  const int64_t count = (tokens + largest - 1) / largest;
+  return {count, tokens / count, tokens % count};
+}
+
+static inline int64_t tile_start(const Tiles& tiles, int64_t tile) {
+  return tile * tiles.small + smaller(tile, tiles.larger);
+}
+
+// Arranges a tile so that for each pair of inputs its tokens follow one another. Inputs beyond the last column are zero.
+template <class Element, int64_t largest>
+static void arrange_pairs(const Job& job, int64_t tile) {
+  const Tiles tiles = tiles_of(job.tokens, largest);
+  const int64_t start = tile_start(tiles, tile);
+  const int64_t tokens = tile_start(tiles, tile + 1) - start;
+  const Element* from = static_cast<const Element*>(job.inputs) + start * job.columns;
+  Element* to = static_cast<Element*>(job.arranged) + start * job.pairs * 2;
+  const int64_t whole = job.columns / 2;
+  for (int64_t pair = 0; pair < whole; ++pair) {
+    for (int64_t token = 0; token < tokens; ++token) {
+      std::memcpy(to + (pair * tokens + token) * 2, from + token * job.columns + pair * 2, 2 * sizeof(Element));
+    }
+  }
+  for (int64_t pair = whole; pair < job.pairs; ++pair) {
+    for (int64_t token = 0; token < tokens; ++token) {
+      Element* place = to + (pair * tokens + token) * 2;
+      place[0] = 2 * pair < job.columns ? from[token * job.columns + 2 * pair] : Element{};
+      place[1] = Element{};
+    }
+  }
+}
+
+template <class Element>
+static int64_t arranged_bytes(const Job& job) {
+  return job.tokens * job.pairs * 2 * static_cast<int64_t>(sizeof(Element));
+}
+
+template <int64_t largest>
+static int64_t arranged_tiles(const Job& job) {
+  return tiles_of(job.tokens, largest).count;
+}
+
+}  // namespace
+}  // namespace hf_sparse
