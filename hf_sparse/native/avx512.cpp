@@ -16,13 +16,13 @@ namespace {
 
 constexpr int largest_tile = 6;  // 6 tokens x 4 stripes are 24 registers of sums; 4 of weights and some of inputs fit beside them
 
-static inline __m512i spread(const uint16_t* pair) {
+static INLINE __m512i spread(const uint16_t* pair) {
   int32_t both;
   std::memcpy(&both, pair, sizeof both);
   return _mm512_set1_epi32(both);
 }
 
-static inline __m512 add_products(__m512 sum, __m512i weights, __m512i inputs) {
+static INLINE __m512 add_products(__m512 sum, __m512i weights, __m512i inputs) {
   return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)inputs);
 }
 
@@ -30,28 +30,34 @@ template <int tokens>
 struct Sums {
   __m512 of[tokens][group_stripes];
 
-  inline void start() {
+  INLINE void start() {
     UNROLL for (int t = 0; t < tokens; ++t) {
       UNROLL for (int s = 0; s < group_stripes; ++s) of[t][s] = _mm512_setzero_ps();
     }
   }
-  inline void read(const float* from) {
+  INLINE void read(const float* from) {
     UNROLL for (int t = 0; t < tokens; ++t) {
       UNROLL for (int s = 0; s < group_stripes; ++s) of[t][s] = _mm512_loadu_ps(from + t * group_rows + s * stripe_rows);
     }
   }
-  inline void write(float* to) const {
+  INLINE void write(float* to) const {
     UNROLL for (int t = 0; t < tokens; ++t) {
       UNROLL for (int s = 0; s < group_stripes; ++s) _mm512_storeu_ps(to + t * group_rows + s * stripe_rows, of[t][s]);
     }
   }
-  inline void add(const __m512i* weights, const uint16_t* inputs) {
+  INLINE void add(const __m512i* weights, const uint16_t* inputs) {
     UNROLL for (int t = 0; t < tokens; ++t) {
       const __m512i input = spread(inputs + 2 * t);
       UNROLL for (int s = 0; s < group_stripes; ++s) of[t][s] = add_products(of[t][s], weights[s], input);
     }
   }
-  inline void add(const __m512i* weights, const float* inputs) {
+  template <class Input>
+  INLINE void add_piece(const uint16_t* const* piece, int64_t pair, const Input* inputs) {
+    __m512i weights[group_stripes];
+    UNROLL for (int s = 0; s < group_stripes; ++s) weights[s] = _mm512_loadu_si512(piece[s] + pair * pair_weights);
+    add(weights, inputs + 2 * tokens * pair);
+  }
+  INLINE void add(const __m512i* weights, const float* inputs) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     UNROLL for (int s = 0; s < group_stripes; ++s) {
       const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(weights[s], 16));
@@ -64,47 +70,152 @@ struct Sums {
   }
 };
 
-template <class Input>
-struct Avx512 {
-  using Weight = uint16_t;
-  using Element = Input;
-  static constexpr int64_t depth = 128;  // four stripes of this depth are 32 KiB: the panel stays in the first cache
+constexpr int64_t depth = 128;  // pairs in a piece: four stripes of them are 32 KiB
 
-  static const uint16_t* expand(const uint32_t* masks, int64_t pairs, const uint16_t* values, uint16_t* panel) {
-    return expand_piece(masks, pairs, values, panel);
-  }
-  static const uint16_t* dense(const uint16_t* values, int64_t, uint16_t*) { return values; }
+// What a tile does beside its products. Expanding the next piece costs little there: it waits for other units of the processor.
+struct Nothing {
+  INLINE void step(int64_t) {}
+};
 
-  template <int tokens>
-  static void tile(const Input* inputs, const uint16_t* const* pieces, int64_t pairs, float* sums, bool first) {
-    Sums<tokens> total;
-    first ? total.start() : total.read(sums);
-    for (int64_t pair = 0; pair < pairs; ++pair, inputs += 2 * tokens) {
-      __m512i weights[group_stripes];
-      UNROLL for (int s = 0; s < group_stripes; ++s) weights[s] = _mm512_loadu_si512(pieces[s] + pair * pair_weights);
-      total.add(weights, inputs);
-    }
-    total.write(sums);
-  }
+template <int stripes>
+struct Expand {
+  const uint32_t* masks[stripes];
+  const uint16_t* values[stripes];
+  uint16_t* piece[stripes];
 
-  static void multiply(const Job& job, const uint16_t* const* pieces, int64_t pair, int64_t pairs, float* sums) {
-    const Tiles tiles = tiles_of(job.tokens, largest_tile);
-    for (int64_t index = 0; index < tiles.count; ++index) {
-      const int64_t start = tile_start(tiles, index);
-      const int64_t tokens = tile_start(tiles, index + 1) - start;
-      const Input* inputs = static_cast<const Input*>(job.arranged) + 2 * (start * job.pairs + pair * tokens);
-      float* to = sums + start * group_rows;
-      switch (tokens) {
-        case 1: tile<1>(inputs, pieces, pairs, to, pair == 0); break;
-        case 2: tile<2>(inputs, pieces, pairs, to, pair == 0); break;
-        case 3: tile<3>(inputs, pieces, pairs, to, pair == 0); break;
-        case 4: tile<4>(inputs, pieces, pairs, to, pair == 0); break;
-        case 5: tile<5>(inputs, pieces, pairs, to, pair == 0); break;
-        default: tile<6>(inputs, pieces, pairs, to, pair == 0); break;
-      }
+  INLINE void step(int64_t pair) {
+    UNROLL for (int s = 0; s < stripes; ++s) {
+      const uint32_t mask = masks[s][pair];
+      fetch(values[s] + values_ahead);
+      if (pair % 16 == 0) fetch(masks[s] + pair + masks_ahead);
+      _mm512_storeu_si512(piece[s] + pair * pair_weights, expand_pair(mask, values[s]));
+      values[s] += bits_of(mask);
     }
   }
 };
+
+struct Fetch {
+  const uint16_t* piece;
+
+  INLINE void step(int64_t pair) { fetch(piece + pair * pair_weights); }
+};
+
+template <int tokens, class Input, class Side>
+static INLINE void multiply_tile(const Input* inputs, const uint16_t* const* pieces, int64_t pairs, float* sums, bool first,
+                                 Side& side, int64_t side_pairs) {
+  Side own = side;  // a copy stays in registers, while the compiler must suppose that stores change what lies in memory
+  Sums<tokens> total;
+  first ? total.start() : total.read(sums);
+  const uint16_t* piece[group_stripes] = {pieces[0], pieces[1], pieces[2], pieces[3]};
+  int64_t pair = 0;
+  for (; pair < side_pairs; ++pair) {
+    total.add_piece(piece, pair, inputs);
+    own.step(pair);
+  }
+  side = own;
+  for (; pair < pairs; ++pair) total.add_piece(piece, pair, inputs);
+  total.write(sums);
+}
+
+template <class Input, class Side>
+static void multiply_some(int64_t tokens, const Input* inputs, const uint16_t* const* pieces, int64_t pairs, float* sums,
+                          bool first, Side& side, int64_t side_pairs) {
+  switch (tokens) {
+    case 1: return multiply_tile<1>(inputs, pieces, pairs, sums, first, side, side_pairs);
+    case 2: return multiply_tile<2>(inputs, pieces, pairs, sums, first, side, side_pairs);
+    case 3: return multiply_tile<3>(inputs, pieces, pairs, sums, first, side, side_pairs);
+    case 4: return multiply_tile<4>(inputs, pieces, pairs, sums, first, side, side_pairs);
+    case 5: return multiply_tile<5>(inputs, pieces, pairs, sums, first, side, side_pairs);
+    default: return multiply_tile<6>(inputs, pieces, pairs, sums, first, side, side_pairs);
+  }
+}
+
+// A group of stripes whose next piece is expanded while the present one is multiplied; there are at least two tiles of tokens.
+template <class Input>
+class Pieces {
+ public:
+  Pieces(const Job& job, int64_t index, void* scratch)
+      : job_(job), group_(group_of(job, index)), tiles_(tiles_of(job.tokens, largest_tile)),
+        panel_(static_cast<uint16_t*>(scratch)), sums_(reinterpret_cast<float*>(panel_ + 2 * panel_weights)) {
+    for (int64_t s = 0; s < group_.count; ++s) {
+      masks_[s] = job.masks + group_.stripe[s] * job.pairs;
+      values_[s] = job.values + job.offsets[group_.stripe[s]];
+    }
+  }
+
+  void run() {
+    for (int64_t s = 0; s < group_.count; ++s) values_[s] = expand_piece(masks_[s], smaller(depth, job_.pairs), values_[s], place(0, s));
+    for (int64_t pair = 0; pair < job_.pairs; pair += depth) multiply(pair);
+    finish<Input>(job_, group_, sums_, 0, job_.tokens);
+  }
+
+  static constexpr int64_t panel_weights = group_stripes * depth * pair_weights;
+
+ private:
+  uint16_t* place(int64_t piece, int64_t stripe) { return panel_ + (piece % 2) * panel_weights + stripe * depth * pair_weights; }
+
+  void multiply(int64_t pair) {
+    const int64_t pairs = smaller(depth, job_.pairs - pair), next = smaller(depth, job_.pairs - pair - pairs);
+    const uint16_t* pieces[group_stripes];
+    for (int64_t s = 0; s < group_stripes; ++s) pieces[s] = place(pair / depth, smaller(s, group_.count - 1));
+    int64_t stripe = 0;  // the first whose next piece is not expanded yet
+    for (int64_t tile = 0; tile < tiles_.count; ++tile) {
+      const int64_t start = tile_start(tiles_, tile), tokens = tile_start(tiles_, tile + 1) - start;
+      const Input* inputs = static_cast<const Input*>(job_.arranged) + arranged_place(job_, pair, pairs, start);
+      const int64_t left = next > 0 ? group_.count - stripe : 0;
+      const auto beside = [&](auto side) {
+        multiply_some(tokens, inputs, pieces, pairs, sums_ + start * group_rows, pair == 0, side, next);
+        return side;
+      };
+      if (left > tiles_.count - tile) {
+        const auto side = beside(Expand<2>{{masks_[stripe] + pair + pairs, masks_[stripe + 1] + pair + pairs},
+                                           {values_[stripe], values_[stripe + 1]},
+                                           {place(pair / depth + 1, stripe), place(pair / depth + 1, stripe + 1)}});
+        values_[stripe++] = side.values[0];
+        values_[stripe++] = side.values[1];
+      } else if (left > 0) {
+        const auto side = beside(Expand<1>{{masks_[stripe] + pair + pairs}, {values_[stripe]}, {place(pair / depth + 1, stripe)}});
+        values_[stripe++] = side.values[0];
+      } else {
+        Nothing nothing;
+        multiply_some(tokens, inputs, pieces, pairs, sums_ + start * group_rows, pair == 0, nothing, 0);
+      }
+    }
+  }
+
+  const Job& job_;
+  const Group group_;
+  const Tiles tiles_;
+  uint16_t* panel_;
+  float* sums_;
+  const uint32_t* masks_[group_stripes] = {};
+  const uint16_t* values_[group_stripes] = {};
+};
+
+// The dense control: the same products, with the weights where they lie.
+template <class Input>
+static void run_dense(const Job& job, int64_t index, float* sums) {
+  const Group group = group_of(job, index);
+  const Tiles tiles = tiles_of(job.tokens, largest_tile);
+  for (int64_t pair = 0; pair < job.pairs; pair += depth) {
+    const int64_t pairs = smaller(depth, job.pairs - pair), next = smaller(depth, job.pairs - pair - pairs);
+    const uint16_t* pieces[group_stripes];
+    for (int64_t s = 0; s < group_stripes; ++s) pieces[s] = job.values + (group.stripe[s] * job.pairs + pair) * pair_weights;
+    for (int64_t tile = 0; tile < tiles.count; ++tile) {
+      const int64_t start = tile_start(tiles, tile), tokens = tile_start(tiles, tile + 1) - start;
+      const Input* inputs = static_cast<const Input*>(job.arranged) + arranged_place(job, pair, pairs, start);
+      Fetch fetch_next{pieces[smaller(tile, group_stripes - 1)] + pairs * pair_weights};
+      multiply_some(tokens, inputs, pieces, pairs, sums + start * group_rows, pair == 0, fetch_next,
+                    tiles.count > 1 && tile < group_stripes ? next : 0);
+    }
+  }
+  finish<Input>(job, group, sums, 0, job.tokens);
+}
+
+template <class Input>
+static int64_t scratch_bytes(const Job& job) {
+  return 2 * Pieces<Input>::panel_weights * 2 + job.tokens * group_rows * static_cast<int64_t>(sizeof(float));
+}
 
 // Few tokens: what is expanded goes straight into the products and never to memory.
 template <class Input, int tokens>
@@ -119,14 +230,20 @@ static void run_direct(const Job& job, int64_t index, float* sums) {
   }
   Sums<tokens> total;
   total.start();
-  for (int64_t pair = 0; pair < job.pairs; ++pair, inputs += 2 * tokens) {
-    __m512i weights[group_stripes];
-    UNROLL for (int s = 0; s < group_stripes; ++s) {
-      const uint32_t mask = masks[s][pair];
-      weights[s] = expand_pair(mask, values[s]);
-      values[s] += bits_of(mask);
+  for (int64_t pair = 0; pair < job.pairs; pair += 2) {
+    UNROLL for (int s = 0; s < group_stripes; ++s) fetch(values[s] + values_ahead);
+    if (pair % 16 == 0) {
+      UNROLL for (int s = 0; s < group_stripes; ++s) fetch(masks[s] + pair + masks_ahead);
     }
-    total.add(weights, inputs);
+    UNROLL for (int i = 0; i < 2; ++i, inputs += 2 * tokens) {
+      __m512i weights[group_stripes];
+      UNROLL for (int s = 0; s < group_stripes; ++s) {
+        const uint32_t mask = masks[s][pair + i];
+        weights[s] = expand_pair(mask, values[s]);
+        values[s] += bits_of(mask);
+      }
+      total.add(weights, inputs);
+    }
   }
   total.write(sums);
   finish<Input>(job, group, sums, 0, tokens);
@@ -135,7 +252,7 @@ static void run_direct(const Job& job, int64_t index, float* sums) {
 template <class Input>
 static void run(const Job& job, int64_t index, void* scratch) {
   float* sums = static_cast<float*>(scratch);
-  if (!job.masks) return run_panel<Avx512<Input>>(job, index, scratch);
+  if (!job.masks) return run_dense<Input>(job, index, sums);
   switch (job.tokens) {
     case 1: return run_direct<Input, 1>(job, index, sums);
     case 2: return run_direct<Input, 2>(job, index, sums);
@@ -143,13 +260,13 @@ static void run(const Job& job, int64_t index, void* scratch) {
     case 4: return run_direct<Input, 4>(job, index, sums);
     case 5: return run_direct<Input, 5>(job, index, sums);
     case 6: return run_direct<Input, 6>(job, index, sums);
-    default: return run_panel<Avx512<Input>>(job, index, scratch);
+    default: return Pieces<Input>(job, index, scratch).run();
   }
 }
 
 template <class Input>
-constexpr Kernels table{"avx512", arranged_bytes<Input>, arranged_tiles<largest_tile>, arrange_pairs<Input, largest_tile>,
-                        panel_scratch<Avx512<Input>>, nullptr, nullptr, run<Input>};
+constexpr Kernels table{"avx512", arranged_bytes<Input>, arranged_tiles<largest_tile>, arrange_pairs<Input, largest_tile, depth>,
+                        scratch_bytes<Input>, nullptr, nullptr, run<Input>};
 
 }  // namespace
 

@@ -5,14 +5,21 @@
 
 #include "panel.h"
 
+// A call inside a loop would put every sum into memory and take it out again.
+#if defined(_MSC_VER)
+#define INLINE __forceinline
+#else
+#define INLINE inline __attribute__((always_inline))
+#endif
+
 namespace hf_sparse {
 namespace {
 
-static inline __m512i expand_pair(uint32_t mask, const uint16_t* values) {
+static INLINE __m512i expand_pair(uint32_t mask, const uint16_t* values) {
   return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
 }
 
-static inline int64_t bits_of(uint32_t mask) {
+static INLINE int64_t bits_of(uint32_t mask) {
 #if defined(_MSC_VER)
   return static_cast<int64_t>(__popcnt(mask));
 #else
@@ -20,13 +27,23 @@ static inline int64_t bits_of(uint32_t mask) {
 #endif
 }
 
-static inline void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
+static INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
 
+// How far ahead the next values and masks of a stripe are asked for, in their own units: 2 KiB and 1 KiB. Several stripes are read
+// at once, which are more streams than processors follow by themselves; without this the kernels wait for memory most of the time.
+constexpr int64_t values_ahead = 1024;
+constexpr int64_t masks_ahead = 256;
+
+// The number of pairs is a multiple of 16.
 static inline const uint16_t* expand_piece(const uint32_t* masks, int64_t pairs, const uint16_t* values, uint16_t* panel) {
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    const uint32_t mask = masks[pair];
-    _mm512_storeu_si512(panel + pair * pair_weights, expand_pair(mask, values));
-    values += bits_of(mask);
+  for (int64_t pair = 0; pair < pairs; pair += 2) {
+    fetch(values + values_ahead);
+    if (pair % 16 == 0) fetch(masks + pair + masks_ahead);
+    for (int64_t i = pair; i < pair + 2; ++i) {
+      const uint32_t mask = masks[i];
+      _mm512_storeu_si512(panel + i * pair_weights, expand_pair(mask, values));
+      values += bits_of(mask);
+    }
   }
   return values;
 }

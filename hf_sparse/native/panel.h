@@ -115,25 +115,32 @@ static inline int64_t tile_start(const Tiles& tiles, int64_t tile) {
   return tile * tiles.small + smaller(tile, tiles.larger);
 }
 
-// Arranges a tile so that for each pair of inputs its tokens follow one another. Inputs beyond the last column are zero.
-template <class Element, int64_t largest>
+// Where the inputs of a tile lie for the piece that begins with a pair. Pieces follow one another, in a piece the tiles, and in a
+// tile the pairs, each with its tokens: the order in which they are read.
+static inline int64_t arranged_place(const Job& job, int64_t pair, int64_t pairs, int64_t token) {
+  return 2 * (pair * job.tokens + token * pairs);
+}
+
+// Arranges a tile. Inputs beyond the last column are zero.
+template <class Element, int64_t largest, int64_t depth>
 static void arrange_pairs(const Job& job, int64_t tile) {
   const Tiles tiles = tiles_of(job.tokens, largest);
   const int64_t start = tile_start(tiles, tile);
   const int64_t tokens = tile_start(tiles, tile + 1) - start;
   const Element* from = static_cast<const Element*>(job.inputs) + start * job.columns;
-  Element* to = static_cast<Element*>(job.arranged) + start * job.pairs * 2;
-  const int64_t whole = job.columns / 2;
-  for (int64_t pair = 0; pair < whole; ++pair) {
-    for (int64_t token = 0; token < tokens; ++token) {
-      std::memcpy(to + (pair * tokens + token) * 2, from + token * job.columns + pair * 2, 2 * sizeof(Element));
-    }
-  }
-  for (int64_t pair = whole; pair < job.pairs; ++pair) {
-    for (int64_t token = 0; token < tokens; ++token) {
-      Element* place = to + (pair * tokens + token) * 2;
-      place[0] = 2 * pair < job.columns ? from[token * job.columns + 2 * pair] : Element{};
-      place[1] = Element{};
+  for (int64_t piece = 0; piece < job.pairs; piece += depth) {
+    const int64_t pairs = smaller(depth, job.pairs - piece);
+    Element* to = static_cast<Element*>(job.arranged) + arranged_place(job, piece, pairs, start);
+    for (int64_t pair = piece; pair < piece + pairs; ++pair) {
+      for (int64_t token = 0; token < tokens; ++token, to += 2) {
+        const Element* here = from + token * job.columns + 2 * pair;
+        if (2 * pair + 1 < job.columns) {
+          std::memcpy(to, here, 2 * sizeof(Element));
+        } else {
+          to[0] = 2 * pair < job.columns ? *here : Element{};
+          to[1] = Element{};
+        }
+      }
     }
   }
 }

@@ -59,7 +59,7 @@ struct Portable {
     for (int64_t index = 0; index < tiles.count; ++index) {
       const int64_t start = tile_start(tiles, index);
       const int64_t tokens = tile_start(tiles, index + 1) - start;
-      const Input* inputs = static_cast<const Input*>(job.arranged) + 2 * (start * job.pairs + pair * tokens);
+      const Input* inputs = static_cast<const Input*>(job.arranged) + arranged_place(job, pair, pairs, start);
       for (int64_t i = 0; i < group_stripes; ++i) {
         float* to = sums + start * group_rows + i * stripe_rows;
         switch (tokens) {
@@ -74,7 +74,7 @@ struct Portable {
 };
 
 template <class Input>
-constexpr Kernels table{"portable", arranged_bytes<Input>, arranged_tiles<largest_tile>, arrange_pairs<Input, largest_tile>,
+constexpr Kernels table{"portable", arranged_bytes<Input>, arranged_tiles<largest_tile>, arrange_pairs<Input, largest_tile, Portable<Input>::depth>,
                         panel_scratch<Portable<Input>>, nullptr, nullptr, run_panel<Portable<Input>>};
 
 }  // namespace
