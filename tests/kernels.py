@@ -20,7 +20,17 @@ from hf_sparse import native  # noqa: E402
 
 needs_binary = pytest.mark.skipif(not native.available(), reason=native.why_not())
 SETS = [*native.instruction_sets(), "torch"]
-PATTERNS = ("unstructured 50 %", "unstructured 70 %", "2:4 input", "2:4 output", "1:4 input", "all", "none", "some rows", "one")
+PATTERNS = (
+    "unstructured 50 %",
+    "unstructured 70 %",
+    "2:4 input",
+    "2:4 output",
+    "1:4 input",
+    "all",
+    "none",
+    "some rows",
+    "one",
+)
 
 
 def sparse(pattern: str, rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -32,7 +42,11 @@ def sparse(pattern: str, rows: int, columns: int, seed: int) -> torch.Tensor:
         keep = score > float(pattern.split()[1]) / 100
     elif ":" in pattern:
         kept, axis = int(pattern[0]), pattern.split()[1]
-        index = torch.arange(columns).expand(rows, -1) if axis == "input" else torch.arange(rows)[:, None].expand(-1, columns)
+        index = (
+            torch.arange(columns).expand(rows, -1)
+            if axis == "input"
+            else torch.arange(rows)[:, None].expand(-1, columns)
+        )
         keep = (index + seed) % 4 < kept
     elif pattern == "some rows":
         keep = (torch.rand(rows, 1, generator=generator) > 0.5).expand(-1, columns)
@@ -44,7 +58,9 @@ def sparse(pattern: str, rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.where(keep, weight, torch.zeros(()).bfloat16())
 
 
-def assert_product(result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+def assert_product(
+    result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> None:
     """One rounding to the result's dtype, and of the sums no more than float32 loses."""
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     size = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())

@@ -60,9 +60,7 @@ def test_products(
 
 @shared_fixture
 @given(rows=side, columns=side, pattern=st.sampled_from(PATTERNS), seed=st.integers(0, 999), transposed=st.booleans())
-def test_packs_bit_for_bit(
-    kernels: str, rows: int, columns: int, pattern: str, seed: int, transposed: bool
-) -> None:
+def test_packs_bit_for_bit(kernels: str, rows: int, columns: int, pattern: str, seed: int, transposed: bool) -> None:
     weight = sparse(pattern, rows, columns, seed)
     packed = native.pack(weight.T.contiguous().T if transposed else weight)
     assert torch.equal(packed.unpack(), weight)
@@ -163,7 +161,9 @@ def test_several_python_threads_at_once() -> None:
     wanted = [[native.matmul(x, p) for x in inputs] for p in packed]
 
     def repeat(index: int) -> bool:
-        return all(torch.equal(native.matmul(x, packed[index]), y) for _ in range(20) for x, y in zip(inputs, wanted[index]))
+        return all(
+            torch.equal(native.matmul(x, packed[index]), y) for _ in range(20) for x, y in zip(inputs, wanted[index])
+        )
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(repeat, range(4)))

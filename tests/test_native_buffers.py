@@ -139,7 +139,9 @@ def test_damaged_checkpoints_are_refused(path: str, damage: str) -> None:
 
 
 def test_stored_zeros_are_dropped(path: str) -> None:
-    packed = native.pack_stored(torch.tensor([1.0, -0.0, 2.0]).bfloat16(), torch.tensor([0b0111], dtype=torch.uint8), (1, 8))
+    packed = native.pack_stored(
+        torch.tensor([1.0, -0.0, 2.0]).bfloat16(), torch.tensor([0b0111], dtype=torch.uint8), (1, 8)
+    )
     assert int(packed.offsets[-1]) == 2
     assert packed.unpack().tolist() == [[1, 0, 2, 0, 0, 0, 0, 0]]
 

@@ -65,7 +65,9 @@ class Arranged:
 
 def checked_shape(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) != 2 or not all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in shape):
-        raise KernelError(f"A matrix (out, in) with sides from 1 to {LARGEST_SIDE} can be packed; the shape is {tuple(shape)}.")
+        raise KernelError(
+            f"A matrix (out, in) with sides from 1 to {LARGEST_SIDE} can be packed; the shape is {tuple(shape)}."
+        )
     return shape[0], shape[1]
 
 
@@ -128,9 +130,7 @@ def checked_stored(values: torch.Tensor, bitmask: torch.Tensor, shape: tuple[int
     return columns if flat else bitmask.shape[1] * 8
 
 
-def pack_stored(
-    values: torch.Tensor, bitmask: torch.Tensor, shape: Sequence[int], large_pages: bool = True
-) -> Packed:
+def pack_stored(values: torch.Tensor, bitmask: torch.Tensor, shape: Sequence[int], large_pages: bool = True) -> Packed:
     """Packs what a compressed checkpoint holds, without the dense matrix in between.
 
     `values` are the non-zeros row after row, `bitmask` one bit per weight, the lowest bit of a byte first: either all rows

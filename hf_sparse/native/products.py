@@ -87,7 +87,9 @@ def checked_input(x: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
             f"with shape {tuple(x.shape)}. Convert them, or unpack the weight."
         )
     if x.requires_grad and torch.is_grad_enabled():
-        raise KernelError("No gradient flows through packed weights. Use torch.no_grad(), or unpack the weight to train.")
+        raise KernelError(
+            "No gradient flows through packed weights. Use torch.no_grad(), or unpack the weight to train."
+        )
     return x.contiguous()
 
 
@@ -105,7 +107,13 @@ def prepared(
     wanted = (*x.shape[:-1], shape[0])
     if out is None:
         return x, torch.empty(wanted, dtype=x.dtype)
-    if out.shape != wanted or out.dtype != x.dtype or out.device != x.device or not out.is_contiguous() or overlaps(x, out):
+    if (
+        out.shape != wanted
+        or out.dtype != x.dtype
+        or out.device != x.device
+        or not out.is_contiguous()
+        or overlaps(x, out)
+    ):
         raise KernelError(
             f"out must be {x.dtype} on the CPU, contiguous, with shape {wanted}, and share no memory with the input; given is "
             f"{out.dtype} on {out.device} with shape {tuple(out.shape)}."
