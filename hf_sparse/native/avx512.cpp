@@ -6,7 +6,7 @@
 #include "avx512.h"
 
 #if defined(__GNUC__) || defined(__clang__)
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #else
 #define UNROLL
 #endif
@@ -26,40 +26,40 @@ static INLINE __m512 add_products(__m512 sum, __m512i weights, __m512i inputs) {
   return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)inputs);
 }
 
-template <int tokens>
+template <int tokens, int stripes>
 struct Sums {
-  __m512 of[tokens][group_stripes];
+  __m512 of[tokens][stripes];
 
   INLINE void start() {
     UNROLL for (int t = 0; t < tokens; ++t) {
-      UNROLL for (int s = 0; s < group_stripes; ++s) of[t][s] = _mm512_setzero_ps();
+      UNROLL for (int s = 0; s < stripes; ++s) of[t][s] = _mm512_setzero_ps();
     }
   }
   INLINE void read(const float* from) {
     UNROLL for (int t = 0; t < tokens; ++t) {
-      UNROLL for (int s = 0; s < group_stripes; ++s) of[t][s] = _mm512_loadu_ps(from + t * group_rows + s * stripe_rows);
+      UNROLL for (int s = 0; s < stripes; ++s) of[t][s] = _mm512_loadu_ps(from + t * group_rows + s * stripe_rows);
     }
   }
   INLINE void write(float* to) const {
     UNROLL for (int t = 0; t < tokens; ++t) {
-      UNROLL for (int s = 0; s < group_stripes; ++s) _mm512_storeu_ps(to + t * group_rows + s * stripe_rows, of[t][s]);
+      UNROLL for (int s = 0; s < stripes; ++s) _mm512_storeu_ps(to + t * group_rows + s * stripe_rows, of[t][s]);
     }
   }
   INLINE void add(const __m512i* weights, const uint16_t* inputs) {
     UNROLL for (int t = 0; t < tokens; ++t) {
       const __m512i input = spread(inputs + 2 * t);
-      UNROLL for (int s = 0; s < group_stripes; ++s) of[t][s] = add_products(of[t][s], weights[s], input);
+      UNROLL for (int s = 0; s < stripes; ++s) of[t][s] = add_products(of[t][s], weights[s], input);
     }
   }
   template <class Input>
   INLINE void add_piece(const uint16_t* const* piece, int64_t pair, const Input* inputs) {
-    __m512i weights[group_stripes];
-    UNROLL for (int s = 0; s < group_stripes; ++s) weights[s] = _mm512_loadu_si512(piece[s] + pair * pair_weights);
+    __m512i weights[stripes];
+    UNROLL for (int s = 0; s < stripes; ++s) weights[s] = _mm512_loadu_si512(piece[s] + pair * pair_weights);
     add(weights, inputs + 2 * tokens * pair);
   }
   INLINE void add(const __m512i* weights, const float* inputs) {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    UNROLL for (int s = 0; s < group_stripes; ++s) {
+    UNROLL for (int s = 0; s < stripes; ++s) {
       const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(weights[s], 16));
       const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(weights[s], high));
       UNROLL for (int t = 0; t < tokens; ++t) {
@@ -70,6 +70,7 @@ struct Sums {
   }
 };
 
+constexpr int64_t most_direct = 16;  // tokens for which nothing is expanded into memory
 constexpr int64_t depth = 128;  // pairs in a piece: four stripes of them are 32 KiB
 
 // What a tile does beside its products. Expanding the next piece costs little there: it waits for other units of the processor.
@@ -104,7 +105,7 @@ template <int tokens, class Input, class Side>
 static INLINE void multiply_tile(const Input* inputs, const uint16_t* const* pieces, int64_t pairs, float* sums, bool first,
                                  Side& side, int64_t side_pairs) {
   Side own = side;  // a copy stays in registers, while the compiler must suppose that stores change what lies in memory
-  Sums<tokens> total;
+  Sums<tokens, group_stripes> total;
   first ? total.start() : total.read(sums);
   const uint16_t* piece[group_stripes] = {pieces[0], pieces[1], pieces[2], pieces[3]};
   int64_t pair = 0;
@@ -217,35 +218,48 @@ static int64_t scratch_bytes(const Job& job) {
   return 2 * Pieces<Input>::panel_weights * 2 + job.tokens * group_rows * static_cast<int64_t>(sizeof(float));
 }
 
-// Few tokens: what is expanded goes straight into the products and never to memory.
-template <class Input, int tokens>
+// Few tokens: what is expanded goes straight into the products and never to memory. As many stripes are done at a time as there
+// are registers for their sums.
+template <class Input, int tokens, int stripes>
 static void run_direct(const Job& job, int64_t index, float* sums) {
   const Group group = group_of(job, index);
-  const Input* inputs = static_cast<const Input*>(job.arranged);
-  const uint32_t* masks[group_stripes];
-  const uint16_t* values[group_stripes];
-  for (int s = 0; s < group_stripes; ++s) {
-    masks[s] = job.masks + group.stripe[s] * job.pairs;
-    values[s] = job.values + job.offsets[group.stripe[s]];
-  }
-  Sums<tokens> total;
-  total.start();
-  for (int64_t pair = 0; pair < job.pairs; pair += 2) {
-    UNROLL for (int s = 0; s < group_stripes; ++s) fetch(values[s] + values_ahead);
-    if (pair % 16 == 0) {
-      UNROLL for (int s = 0; s < group_stripes; ++s) fetch(masks[s] + pair + masks_ahead);
+  const Group next = group_of(job, smaller(index + 1, (job.stripes - 1) / group_stripes));
+  for (int64_t first = 0; first < group.count; first += stripes) {
+    const Input* inputs = static_cast<const Input*>(job.arranged);
+    const uint32_t *masks[stripes], *later_masks[stripes];
+    const uint16_t *values[stripes], *later_values[stripes];
+    const bool inside = first + stripes < group_stripes;  // what comes later is in this group
+    for (int s = 0; s < stripes; ++s) {
+      const int64_t stripe = group.stripe[first + s], later = inside ? group.stripe[first + stripes + s] : next.stripe[s];
+      masks[s] = job.masks + stripe * job.pairs;
+      values[s] = job.values + job.offsets[stripe];
+      later_masks[s] = job.masks + later * job.pairs;
+      later_values[s] = job.values + job.offsets[later];
     }
-    UNROLL for (int i = 0; i < 2; ++i, inputs += 2 * tokens) {
-      __m512i weights[group_stripes];
-      UNROLL for (int s = 0; s < group_stripes; ++s) {
-        const uint32_t mask = masks[s][pair + i];
-        weights[s] = expand_pair(mask, values[s]);
-        values[s] += bits_of(mask);
+    Sums<tokens, stripes> total;
+    total.start();
+    for (int64_t pair = 0; pair < job.pairs; pair += 2) {
+      UNROLL for (int s = 0; s < stripes; ++s) fetch(values[s] + values_ahead);
+      if (pair % 16 == 0) {
+        UNROLL for (int s = 0; s < stripes; ++s) fetch(masks[s] + pair + masks_ahead);
+        if (pair < masks_ahead) {  // the beginning of the next stripes, a line at a time
+          UNROLL for (int s = 0; s < stripes; ++s) fetch(later_masks[s] + pair);
+          UNROLL for (int s = 0; s < stripes; ++s) fetch(later_values[s] + 4 * pair);
+          UNROLL for (int s = 0; s < stripes; ++s) fetch(later_values[s] + 4 * pair + 32);
+        }
       }
-      total.add(weights, inputs);
+      UNROLL for (int i = 0; i < 2; ++i, inputs += 2 * tokens) {
+        __m512i weights[stripes];
+        UNROLL for (int s = 0; s < stripes; ++s) {
+          const uint32_t mask = masks[s][pair + i];
+          weights[s] = expand_pair(mask, values[s]);
+          values[s] += bits_of(mask);
+        }
+        total.add(weights, inputs);
+      }
     }
+    total.write(sums + first * stripe_rows);
   }
-  total.write(sums);
   finish<Input>(job, group, sums, 0, tokens);
 }
 
@@ -254,19 +268,37 @@ static void run(const Job& job, int64_t index, void* scratch) {
   float* sums = static_cast<float*>(scratch);
   if (!job.masks) return run_dense<Input>(job, index, sums);
   switch (job.tokens) {
-    case 1: return run_direct<Input, 1>(job, index, sums);
-    case 2: return run_direct<Input, 2>(job, index, sums);
-    case 3: return run_direct<Input, 3>(job, index, sums);
-    case 4: return run_direct<Input, 4>(job, index, sums);
-    case 5: return run_direct<Input, 5>(job, index, sums);
-    case 6: return run_direct<Input, 6>(job, index, sums);
+    case 1: return run_direct<Input, 1, 4>(job, index, sums);
+    case 2: return run_direct<Input, 2, 4>(job, index, sums);
+    case 3: return run_direct<Input, 3, 4>(job, index, sums);
+    case 4: return run_direct<Input, 4, 4>(job, index, sums);
+    case 5: return run_direct<Input, 5, 4>(job, index, sums);
+    case 6: return run_direct<Input, 6, 4>(job, index, sums);
+    case 7: return run_direct<Input, 7, 2>(job, index, sums);
+    case 8: return run_direct<Input, 8, 2>(job, index, sums);
+    case 9: return run_direct<Input, 9, 2>(job, index, sums);
+    case 10: return run_direct<Input, 10, 2>(job, index, sums);
+    case 11: return run_direct<Input, 11, 2>(job, index, sums);
+    case 12: return run_direct<Input, 12, 2>(job, index, sums);
+    case 13: return run_direct<Input, 13, 2>(job, index, sums);
+    case 14: return run_direct<Input, 14, 2>(job, index, sums);
+    case 15: return run_direct<Input, 15, 1>(job, index, sums);
+    case 16: return run_direct<Input, 16, 1>(job, index, sums);
     default: return Pieces<Input>(job, index, scratch).run();
   }
 }
 
+static bool is_direct(const Job& job) { return job.masks && job.tokens <= most_direct; }
+
+static int64_t arranged_parts(const Job& job) { return is_direct(job) ? 1 : tiles_of(job.tokens, largest_tile).count; }
+
 template <class Input>
-constexpr Kernels table{"avx512", arranged_bytes<Input>, arranged_tiles<largest_tile>, arrange_pairs<Input, largest_tile, depth>,
-                        scratch_bytes<Input>, nullptr, nullptr, run<Input>};
+static void arrange(const Job& job, int64_t tile) {
+  is_direct(job) ? arrange_pairs<Input, most_direct, depth>(job, tile) : arrange_pairs<Input, largest_tile, depth>(job, tile);
+}
+
+template <class Input>
+constexpr Kernels table{"avx512", arranged_bytes<Input>, arranged_parts, arrange<Input>, scratch_bytes<Input>, nullptr, nullptr, run<Input>};
 
 }  // namespace
 
