@@ -14,7 +14,9 @@
 namespace hf_sparse {
 namespace {
 
-constexpr int largest_tile = 6;  // 6 tokens x 4 stripes are 24 registers of sums; 4 of weights and some of inputs fit beside them
+// Tokens in a tile. Of the 32 registers, 4 stripes x 6 tokens or 2 stripes x 14 tokens take 24 or 28 for sums.
+constexpr int64_t dense_tile = 6;
+constexpr int64_t sparse_tile = 14;
 
 static INLINE __m512i spread(const uint16_t* pair) {
   int32_t both;
@@ -70,144 +72,129 @@ struct Sums {
   }
 };
 
-constexpr int64_t most_direct = 16;  // tokens for which nothing is expanded into memory
-constexpr int64_t depth = 128;  // pairs in a piece: four stripes of them are 32 KiB
+constexpr int64_t depth = 128;  // pairs in a piece: two stripes of them are 16 KiB, which stay in the first cache
+constexpr int64_t panel_weights = 2 * depth * pair_weights;
 
-// What a tile does beside its products. Expanding the next piece costs little there: it waits for other units of the processor.
-struct Nothing {
-  INLINE void step(int64_t) {}
-};
-
-template <int stripes>
-struct Expand {
-  const uint32_t* masks[stripes];
-  const uint16_t* values[stripes];
-  uint16_t* piece[stripes];
-
-  INLINE void step(int64_t pair) {
-    UNROLL for (int s = 0; s < stripes; ++s) {
-      const uint32_t mask = masks[s][pair];
-      fetch(values[s] + values_ahead);
-      if (pair % 16 == 0) fetch(masks[s] + pair + masks_ahead);
-      _mm512_storeu_si512(piece[s] + pair * pair_weights, expand_pair(mask, values[s]));
-      values[s] += bits_of(mask);
-    }
-  }
-};
-
-struct Fetch {
-  const uint16_t* piece;
-
-  INLINE void step(int64_t pair) { fetch(piece + pair * pair_weights); }
-};
-
-template <int tokens, class Input, class Side>
-static INLINE void multiply_tile(const Input* inputs, const uint16_t* const* pieces, int64_t pairs, float* sums, bool first,
-                                 Side& side, int64_t side_pairs) {
-  Side own = side;  // a copy stays in registers, while the compiler must suppose that stores change what lies in memory
+template <int tokens, class Input>
+static void multiply_dense(const Input* inputs, const uint16_t* const* pieces, int64_t pairs, float* sums, bool first,
+                           const uint16_t* ahead) {
   Sums<tokens, group_stripes> total;
   first ? total.start() : total.read(sums);
   const uint16_t* piece[group_stripes] = {pieces[0], pieces[1], pieces[2], pieces[3]};
-  int64_t pair = 0;
-  for (; pair < side_pairs; ++pair) {
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    if (ahead) fetch(ahead + pair * pair_weights);
     total.add_piece(piece, pair, inputs);
-    own.step(pair);
   }
-  side = own;
-  for (; pair < pairs; ++pair) total.add_piece(piece, pair, inputs);
   total.write(sums);
 }
-
-template <class Input, class Side>
-static void multiply_some(int64_t tokens, const Input* inputs, const uint16_t* const* pieces, int64_t pairs, float* sums,
-                          bool first, Side& side, int64_t side_pairs) {
-  switch (tokens) {
-    case 1: return multiply_tile<1>(inputs, pieces, pairs, sums, first, side, side_pairs);
-    case 2: return multiply_tile<2>(inputs, pieces, pairs, sums, first, side, side_pairs);
-    case 3: return multiply_tile<3>(inputs, pieces, pairs, sums, first, side, side_pairs);
-    case 4: return multiply_tile<4>(inputs, pieces, pairs, sums, first, side, side_pairs);
-    case 5: return multiply_tile<5>(inputs, pieces, pairs, sums, first, side, side_pairs);
-    default: return multiply_tile<6>(inputs, pieces, pairs, sums, first, side, side_pairs);
-  }
-}
-
-// A group of stripes whose next piece is expanded while the present one is multiplied; there are at least two tiles of tokens.
-template <class Input>
-class Pieces {
- public:
-  Pieces(const Job& job, int64_t index, void* scratch)
-      : job_(job), group_(group_of(job, index)), tiles_(tiles_of(job.tokens, largest_tile)),
-        panel_(static_cast<uint16_t*>(scratch)), sums_(reinterpret_cast<float*>(panel_ + 2 * panel_weights)) {
-    for (int64_t s = 0; s < group_.count; ++s) {
-      masks_[s] = job.masks + group_.stripe[s] * job.pairs;
-      values_[s] = job.values + job.offsets[group_.stripe[s]];
-    }
-  }
-
-  void run() {
-    for (int64_t s = 0; s < group_.count; ++s) values_[s] = expand_piece(masks_[s], smaller(depth, job_.pairs), values_[s], place(0, s));
-    for (int64_t pair = 0; pair < job_.pairs; pair += depth) multiply(pair);
-    finish<Input>(job_, group_, sums_, 0, job_.tokens);
-  }
-
-  static constexpr int64_t panel_weights = group_stripes * depth * pair_weights;
-
- private:
-  uint16_t* place(int64_t piece, int64_t stripe) { return panel_ + (piece % 2) * panel_weights + stripe * depth * pair_weights; }
-
-  void multiply(int64_t pair) {
-    const int64_t pairs = smaller(depth, job_.pairs - pair), next = smaller(depth, job_.pairs - pair - pairs);
-    const uint16_t* pieces[group_stripes];
-    for (int64_t s = 0; s < group_stripes; ++s) pieces[s] = place(pair / depth, smaller(s, group_.count - 1));
-    int64_t stripe = 0;  // the first whose next piece is not expanded yet
-    for (int64_t tile = 0; tile < tiles_.count; ++tile) {
-      const int64_t start = tile_start(tiles_, tile), tokens = tile_start(tiles_, tile + 1) - start;
-      const Input* inputs = static_cast<const Input*>(job_.arranged) + arranged_place(job_, pair, pairs, start);
-      const int64_t left = next > 0 ? group_.count - stripe : 0;
-      const auto beside = [&](auto side) {
-        multiply_some(tokens, inputs, pieces, pairs, sums_ + start * group_rows, pair == 0, side, next);
-        return side;
-      };
-      if (left > tiles_.count - tile) {
-        const auto side = beside(Expand<2>{{masks_[stripe] + pair + pairs, masks_[stripe + 1] + pair + pairs},
-                                           {values_[stripe], values_[stripe + 1]},
-                                           {place(pair / depth + 1, stripe), place(pair / depth + 1, stripe + 1)}});
-        values_[stripe++] = side.values[0];
-        values_[stripe++] = side.values[1];
-      } else if (left > 0) {
-        const auto side = beside(Expand<1>{{masks_[stripe] + pair + pairs}, {values_[stripe]}, {place(pair / depth + 1, stripe)}});
-        values_[stripe++] = side.values[0];
-      } else {
-        Nothing nothing;
-        multiply_some(tokens, inputs, pieces, pairs, sums_ + start * group_rows, pair == 0, nothing, 0);
-      }
-    }
-  }
-
-  const Job& job_;
-  const Group group_;
-  const Tiles tiles_;
-  uint16_t* panel_;
-  float* sums_;
-  const uint32_t* masks_[group_stripes] = {};
-  const uint16_t* values_[group_stripes] = {};
-};
 
 // The dense control: the same products, with the weights where they lie.
 template <class Input>
 static void run_dense(const Job& job, int64_t index, float* sums) {
   const Group group = group_of(job, index);
-  const Tiles tiles = tiles_of(job.tokens, largest_tile);
+  const Tiles tiles = tiles_of(job.tokens, dense_tile);
   for (int64_t pair = 0; pair < job.pairs; pair += depth) {
-    const int64_t pairs = smaller(depth, job.pairs - pair), next = smaller(depth, job.pairs - pair - pairs);
+    const int64_t pairs = smaller(depth, job.pairs - pair);
     const uint16_t* pieces[group_stripes];
     for (int64_t s = 0; s < group_stripes; ++s) pieces[s] = job.values + (group.stripe[s] * job.pairs + pair) * pair_weights;
     for (int64_t tile = 0; tile < tiles.count; ++tile) {
-      const int64_t start = tile_start(tiles, tile), tokens = tile_start(tiles, tile + 1) - start;
+      const int64_t start = tile_start(tiles, tile);
       const Input* inputs = static_cast<const Input*>(job.arranged) + arranged_place(job, pair, pairs, start);
-      Fetch fetch_next{pieces[smaller(tile, group_stripes - 1)] + pairs * pair_weights};
-      multiply_some(tokens, inputs, pieces, pairs, sums + start * group_rows, pair == 0, fetch_next,
-                    tiles.count > 1 && tile < group_stripes ? next : 0);
+      float* to = sums + start * group_rows;
+      // With several tiles, each of the first four asks for the next piece of one stripe.
+      const uint16_t* ahead = tiles.count > 1 && tile < group_stripes ? pieces[tile] + pairs * pair_weights : nullptr;
+      switch (tile_start(tiles, tile + 1) - start) {
+        case 1: multiply_dense<1>(inputs, pieces, pairs, to, pair == 0, ahead); break;
+        case 2: multiply_dense<2>(inputs, pieces, pairs, to, pair == 0, ahead); break;
+        case 3: multiply_dense<3>(inputs, pieces, pairs, to, pair == 0, ahead); break;
+        case 4: multiply_dense<4>(inputs, pieces, pairs, to, pair == 0, ahead); break;
+        case 5: multiply_dense<5>(inputs, pieces, pairs, to, pair == 0, ahead); break;
+        default: multiply_dense<6>(inputs, pieces, pairs, to, pair == 0, ahead); break;
+      }
+    }
+  }
+  finish<Input>(job, group, sums, 0, job.tokens);
+}
+
+// Two stripes that are read from their beginning to their end.
+struct Cursors {
+  const uint32_t* masks[2];
+  const uint16_t* values[2];
+};
+
+// One piece of two stripes, times one tile of tokens. The first tile expands the weights and leaves them in the panel for the
+// others: waiting for the expansion and waiting for the products then coincide.
+template <int tokens, bool expands, class Input>
+static void multiply_piece(const Input* inputs, Cursors& cursors, uint16_t* panel, int64_t pairs, float* sums, bool first) {
+  Sums<tokens, 2> total;
+  first ? total.start() : total.read(sums);
+  Cursors at = cursors;
+  for (int64_t pair = 0; pair < pairs; pair += 2) {
+    if (expands) {
+      UNROLL for (int s = 0; s < 2; ++s) fetch(at.values[s] + values_ahead);
+      if (pair % 16 == 0) {
+        UNROLL for (int s = 0; s < 2; ++s) fetch(at.masks[s] + pair + masks_ahead);
+      }
+    }
+    UNROLL for (int i = 0; i < 2; ++i, inputs += 2 * tokens, panel += 2 * pair_weights) {
+      __m512i weights[2];
+      UNROLL for (int s = 0; s < 2; ++s) {
+        if (expands) {
+          const uint32_t mask = at.masks[s][pair + i];
+          weights[s] = expand_pair(mask, at.values[s]);
+          at.values[s] += bits_of(mask);
+          _mm512_storeu_si512(panel + s * pair_weights, weights[s]);
+        } else {
+          weights[s] = _mm512_loadu_si512(panel + s * pair_weights);
+        }
+      }
+      total.add(weights, inputs);
+    }
+  }
+  if (expands) cursors = {{at.masks[0] + pairs, at.masks[1] + pairs}, {at.values[0], at.values[1]}};
+  total.write(sums);
+}
+
+template <bool expands, class Input>
+static void multiply_tile(int64_t tokens, const Input* inputs, Cursors& cursors, uint16_t* panel, int64_t pairs, float* sums,
+                          bool first) {
+  switch (tokens) {
+    case 7: return multiply_piece<7, expands>(inputs, cursors, panel, pairs, sums, first);
+    case 8: return multiply_piece<8, expands>(inputs, cursors, panel, pairs, sums, first);
+    case 9: return multiply_piece<9, expands>(inputs, cursors, panel, pairs, sums, first);
+    case 10: return multiply_piece<10, expands>(inputs, cursors, panel, pairs, sums, first);
+    case 11: return multiply_piece<11, expands>(inputs, cursors, panel, pairs, sums, first);
+    case 12: return multiply_piece<12, expands>(inputs, cursors, panel, pairs, sums, first);
+    case 13: return multiply_piece<13, expands>(inputs, cursors, panel, pairs, sums, first);
+    default: return multiply_piece<14, expands>(inputs, cursors, panel, pairs, sums, first);
+  }
+}
+
+// More tokens than one tile has; none of the tiles has fewer than 7.
+template <class Input>
+static void run_tiles(const Job& job, int64_t index, void* scratch) {
+  const Group group = group_of(job, index);
+  const Tiles tiles = tiles_of(job.tokens, sparse_tile);
+  uint16_t* panel = static_cast<uint16_t*>(scratch);
+  float* sums = reinterpret_cast<float*>(panel + panel_weights);
+  Cursors cursors[group_stripes / 2];
+  for (int s = 0; s < group_stripes; ++s) {
+    cursors[s / 2].masks[s % 2] = job.masks + group.stripe[s] * job.pairs;
+    cursors[s / 2].values[s % 2] = job.values + job.offsets[group.stripe[s]];
+  }
+  for (int64_t pair = 0; pair < job.pairs; pair += depth) {
+    const int64_t pairs = smaller(depth, job.pairs - pair);
+    for (int64_t both = 0; both < (group.count + 1) / 2; ++both) {
+      for (int64_t tile = 0; tile < tiles.count; ++tile) {
+        const int64_t start = tile_start(tiles, tile), tokens = tile_start(tiles, tile + 1) - start;
+        const Input* inputs = static_cast<const Input*>(job.arranged) + arranged_place(job, pair, pairs, start);
+        float* to = sums + start * group_rows + 2 * both * stripe_rows;
+        if (tile == 0) {
+          multiply_tile<true>(tokens, inputs, cursors[both], panel, pairs, to, pair == 0);
+        } else {
+          multiply_tile<false>(tokens, inputs, cursors[both], panel, pairs, to, pair == 0);
+        }
+      }
     }
   }
   finish<Input>(job, group, sums, 0, job.tokens);
@@ -215,7 +202,7 @@ static void run_dense(const Job& job, int64_t index, float* sums) {
 
 template <class Input>
 static int64_t scratch_bytes(const Job& job) {
-  return 2 * Pieces<Input>::panel_weights * 2 + job.tokens * group_rows * static_cast<int64_t>(sizeof(float));
+  return panel_weights * 2 + job.tokens * group_rows * static_cast<int64_t>(sizeof(float));
 }
 
 // Few tokens: what is expanded goes straight into the products and never to memory. As many stripes are done at a time as there
@@ -282,19 +269,15 @@ static void run(const Job& job, int64_t index, void* scratch) {
     case 12: return run_direct<Input, 12, 2>(job, index, sums);
     case 13: return run_direct<Input, 13, 2>(job, index, sums);
     case 14: return run_direct<Input, 14, 2>(job, index, sums);
-    case 15: return run_direct<Input, 15, 1>(job, index, sums);
-    case 16: return run_direct<Input, 16, 1>(job, index, sums);
-    default: return Pieces<Input>(job, index, scratch).run();
+    default: return run_tiles<Input>(job, index, scratch);
   }
 }
 
-static bool is_direct(const Job& job) { return job.masks && job.tokens <= most_direct; }
-
-static int64_t arranged_parts(const Job& job) { return is_direct(job) ? 1 : tiles_of(job.tokens, largest_tile).count; }
+static int64_t arranged_parts(const Job& job) { return tiles_of(job.tokens, job.masks ? sparse_tile : dense_tile).count; }
 
 template <class Input>
 static void arrange(const Job& job, int64_t tile) {
-  is_direct(job) ? arrange_pairs<Input, most_direct, depth>(job, tile) : arrange_pairs<Input, largest_tile, depth>(job, tile);
+  job.masks ? arrange_pairs<Input, sparse_tile, depth>(job, tile) : arrange_pairs<Input, dense_tile, depth>(job, tile);
 }
 
 template <class Input>
