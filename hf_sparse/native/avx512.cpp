@@ -17,6 +17,14 @@ namespace {
 // Tokens in a tile. Of the 32 registers, 4 stripes x 6 tokens or 2 stripes x 14 tokens take 24 or 28 for sums.
 constexpr int64_t dense_tile = 6;
 constexpr int64_t sparse_tile = 14;
+constexpr int64_t least_tokens = 4;  // of a tile that is not the only one
+
+static Tiles tiles_of(const Job& job) {
+  if (!job.masks) return tiles_of(job.tokens, dense_tile);
+  if (job.tokens <= sparse_tile) return tiles_of(job.tokens, sparse_tile);
+  // The first tile expands the weights, which takes as long as the products of ten tokens: it gets as many as it can.
+  return tiles_of(job.tokens, sparse_tile, smaller(sparse_tile, job.tokens - least_tokens));
+}
 
 static INLINE __m512i spread(const uint16_t* pair) {
   int32_t both;
@@ -45,6 +53,11 @@ struct Sums {
   INLINE void write(float* to) const {
     UNROLL for (int t = 0; t < tokens; ++t) {
       UNROLL for (int s = 0; s < stripes; ++s) _mm512_storeu_ps(to + t * group_rows + s * stripe_rows, of[t][s]);
+    }
+  }
+  INLINE void add(const Sums& other) {
+    UNROLL for (int t = 0; t < tokens; ++t) {
+      UNROLL for (int s = 0; s < stripes; ++s) of[t][s] = _mm512_add_ps(of[t][s], other.of[t][s]);
     }
   }
   INLINE void add(const __m512i* weights, const uint16_t* inputs) {
@@ -92,7 +105,7 @@ static void multiply_dense(const Input* inputs, const uint16_t* const* pieces, i
 template <class Input>
 static void run_dense(const Job& job, int64_t index, float* sums) {
   const Group group = group_of(job, index);
-  const Tiles tiles = tiles_of(job.tokens, dense_tile);
+  const Tiles tiles = tiles_of(job);
   for (int64_t pair = 0; pair < job.pairs; pair += depth) {
     const int64_t pairs = smaller(depth, job.pairs - pair);
     const uint16_t* pieces[group_stripes];
@@ -126,8 +139,11 @@ struct Cursors {
 // others: waiting for the expansion and waiting for the products then coincide.
 template <int tokens, bool expands, class Input>
 static void multiply_piece(const Input* inputs, Cursors& cursors, uint16_t* panel, int64_t pairs, float* sums, bool first) {
-  Sums<tokens, 2> total;
-  first ? total.start() : total.read(sums);
+  // A product waits for the one before it on the same sum: with few sums, every second pair of inputs has its own.
+  constexpr int copies = 2 * tokens < 14 ? 2 : 1;
+  Sums<tokens, 2> total[copies];
+  total[copies - 1].start();
+  first ? total[0].start() : total[0].read(sums);
   Cursors at = cursors;
   for (int64_t pair = 0; pair < pairs; pair += 2) {
     if (expands) {
@@ -148,17 +164,21 @@ static void multiply_piece(const Input* inputs, Cursors& cursors, uint16_t* pane
           weights[s] = _mm512_loadu_si512(panel + s * pair_weights);
         }
       }
-      total.add(weights, inputs);
+      total[i % copies].add(weights, inputs);
     }
   }
+  if (copies == 2) total[0].add(total[copies - 1]);
   if (expands) cursors = {{at.masks[0] + pairs, at.masks[1] + pairs}, {at.values[0], at.values[1]}};
-  total.write(sums);
+  total[0].write(sums);
 }
 
 template <bool expands, class Input>
 static void multiply_tile(int64_t tokens, const Input* inputs, Cursors& cursors, uint16_t* panel, int64_t pairs, float* sums,
                           bool first) {
   switch (tokens) {
+    case 4: return multiply_piece<4, expands>(inputs, cursors, panel, pairs, sums, first);
+    case 5: return multiply_piece<5, expands>(inputs, cursors, panel, pairs, sums, first);
+    case 6: return multiply_piece<6, expands>(inputs, cursors, panel, pairs, sums, first);
     case 7: return multiply_piece<7, expands>(inputs, cursors, panel, pairs, sums, first);
     case 8: return multiply_piece<8, expands>(inputs, cursors, panel, pairs, sums, first);
     case 9: return multiply_piece<9, expands>(inputs, cursors, panel, pairs, sums, first);
@@ -170,11 +190,11 @@ static void multiply_tile(int64_t tokens, const Input* inputs, Cursors& cursors,
   }
 }
 
-// More tokens than one tile has; none of the tiles has fewer than 7.
+// More tokens than one tile has.
 template <class Input>
 static void run_tiles(const Job& job, int64_t index, void* scratch) {
   const Group group = group_of(job, index);
-  const Tiles tiles = tiles_of(job.tokens, sparse_tile);
+  const Tiles tiles = tiles_of(job);
   uint16_t* panel = static_cast<uint16_t*>(scratch);
   float* sums = reinterpret_cast<float*>(panel + panel_weights);
   Cursors cursors[group_stripes / 2];
@@ -273,15 +293,15 @@ static void run(const Job& job, int64_t index, void* scratch) {
   }
 }
 
-static int64_t arranged_parts(const Job& job) { return tiles_of(job.tokens, job.masks ? sparse_tile : dense_tile).count; }
+static int64_t arranged_tiles(const Job& job) { return tiles_of(job).count; }
 
 template <class Input>
 static void arrange(const Job& job, int64_t tile) {
-  job.masks ? arrange_pairs<Input, sparse_tile, depth>(job, tile) : arrange_pairs<Input, dense_tile, depth>(job, tile);
+  arrange_pairs<Input, depth>(job, tiles_of(job), tile);
 }
 
 template <class Input>
-constexpr Kernels table{"avx512", arranged_bytes<Input>, arranged_parts, arrange<Input>, scratch_bytes<Input>, nullptr, nullptr, run<Input>};
+constexpr Kernels table{"avx512", arranged_bytes<Input>, arranged_tiles, arrange<Input>, scratch_bytes<Input>, nullptr, nullptr, run<Input>};
 
 }  // namespace
 

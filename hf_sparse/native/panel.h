@@ -101,18 +101,24 @@ static int64_t panel_scratch(const Job& job) {
          job.tokens * group_rows * static_cast<int64_t>(sizeof(float));
 }
 
-// Tokens are taken in tiles of nearly equal size, at most `largest`, so that no tile is left with very few.
+// Tokens are taken in tiles of nearly equal size, so that none is left with very few. The first may have another size.
 struct Tiles {
-  int64_t count, small, larger;  // the first `larger` tiles have small + 1 tokens, the others `small`
+  int64_t count, first, small, larger;  // after the first, `larger` tiles have small + 1 tokens and the others `small`
 };
+
+static inline Tiles tiles_of(int64_t tokens, int64_t largest, int64_t first) {
+  const int64_t others = (tokens - first + largest - 1) / largest;
+  if (others == 0) return {1, first, 0, 0};
+  return {others + 1, first, (tokens - first) / others, (tokens - first) % others};
+}
 
 static inline Tiles tiles_of(int64_t tokens, int64_t largest) {
   const int64_t count = (tokens + largest - 1) / largest;
-  return {count, tokens / count, tokens % count};
+  return tiles_of(tokens, largest, (tokens + count - 1) / count);
 }
 
 static inline int64_t tile_start(const Tiles& tiles, int64_t tile) {
-  return tile * tiles.small + smaller(tile, tiles.larger);
+  return tile == 0 ? 0 : tiles.first + (tile - 1) * tiles.small + smaller(tile - 1, tiles.larger);
 }
 
 // Where the inputs of a tile lie for the piece that begins with a pair. Pieces follow one another, in a piece the tiles, and in a
@@ -122,9 +128,8 @@ static inline int64_t arranged_place(const Job& job, int64_t pair, int64_t pairs
 }
 
 // Arranges a tile. Inputs beyond the last column are zero.
-template <class Element, int64_t largest, int64_t depth>
-static void arrange_pairs(const Job& job, int64_t tile) {
-  const Tiles tiles = tiles_of(job.tokens, largest);
+template <class Element, int64_t depth>
+static void arrange_pairs(const Job& job, const Tiles& tiles, int64_t tile) {
   const int64_t start = tile_start(tiles, tile);
   const int64_t tokens = tile_start(tiles, tile + 1) - start;
   const Element* from = static_cast<const Element*>(job.inputs) + start * job.columns;
@@ -148,11 +153,6 @@ static void arrange_pairs(const Job& job, int64_t tile) {
 template <class Element>
 static int64_t arranged_bytes(const Job& job) {
   return job.tokens * job.pairs * 2 * static_cast<int64_t>(sizeof(Element));
-}
-
-template <int64_t largest>
-static int64_t arranged_tiles(const Job& job) {
-  return tiles_of(job.tokens, largest).count;
 }
 
 }  // namespace

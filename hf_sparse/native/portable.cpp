@@ -73,8 +73,15 @@ struct Portable {
   }
 };
 
+static int64_t arranged_tiles(const Job& job) { return tiles_of(job.tokens, largest_tile).count; }
+
 template <class Input>
-constexpr Kernels table{"portable", arranged_bytes<Input>, arranged_tiles<largest_tile>, arrange_pairs<Input, largest_tile, Portable<Input>::depth>,
+static void arrange(const Job& job, int64_t tile) {
+  arrange_pairs<Input, Portable<Input>::depth>(job, tiles_of(job.tokens, largest_tile), tile);
+}
+
+template <class Input>
+constexpr Kernels table{"portable", arranged_bytes<Input>, arranged_tiles, arrange<Input>,
                         panel_scratch<Portable<Input>>, nullptr, nullptr, run_panel<Portable<Input>>};
 
 }  // namespace
