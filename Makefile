@@ -10,7 +10,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 LOWEST_TORCH ?= torch==2.13.0
 PYTEST_FLAGS ?=
 
-.PHONY: demo test test-slow test-lowest benchmark lint format constraints clean
+.PHONY: demo test test-slow test-lowest benchmark sanitize lint format constraints clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN_STAMP)
@@ -25,6 +25,11 @@ test-slow: $(RUN_STAMP)
 
 benchmark: $(RUN_STAMP)
 	$(BIN)/python tests/benchmarks/pruning.py
+
+# The native kernels under the address and undefined behaviour sanitizers; gcc and cmake have to be there.
+sanitize: $(RUN_STAMP)
+	$(BIN)/python -m pip install nanobind
+	PYTHON=$(BIN)/python tests/native/sanitize.sh
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

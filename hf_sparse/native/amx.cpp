@@ -181,7 +181,7 @@ static int64_t scratch_bytes(const Job& job) {
   return panel_scratch<Amx>(whole);
 }
 
-constexpr Kernels table{"amx", bytes, token_tiles, arrange, scratch_bytes, enter, leave, run};
+constexpr Kernels table{"amx", 512, bytes, token_tiles, arrange, scratch_bytes, enter, leave, run};
 
 }  // namespace
 

@@ -25,6 +25,7 @@ struct Job {
 
 struct Kernels {
   const char* name;
+  int64_t most_tokens;  // at a time: the inputs and the sums of a group should stay in the caches
   int64_t (*arranged_bytes)(const Job&);
   int64_t (*arranged_tiles)(const Job&);                               // parts of the inputs that can be arranged apart
   void (*arrange)(const Job&, int64_t tile);

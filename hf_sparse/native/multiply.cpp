@@ -11,7 +11,6 @@
 namespace hf_sparse {
 namespace {
 
-constexpr int64_t most_tokens = 512;          // at a time, so that the sums of a group stay in the second cache
 constexpr int64_t work_of_a_thread = 1 << 18;  // products; less is done sooner than another thread is woken
 
 // Memory that stays with its thread from one product to the next.
@@ -57,7 +56,7 @@ void work(const Kernels& kernels, const Job& job, int64_t groups, int64_t at_a_t
 void multiply(const Kernels& kernels, Job job, bool single_precision, int threads) {
   const int64_t bytes = single_precision ? 4 : 2;
   const int64_t tokens = job.tokens;
-  const int64_t rounds = (tokens + most_tokens - 1) / most_tokens;
+  const int64_t rounds = (tokens + kernels.most_tokens - 1) / kernels.most_tokens;
   const int64_t groups = (job.stripes + group_stripes - 1) / group_stripes;
   const char* inputs = static_cast<const char*>(job.inputs);
   char* outputs = static_cast<char*>(job.outputs);

@@ -66,7 +66,7 @@ bool runs_avx512() {
   return general && wide && expands && seven.a >= 1 && bit(more.a, 5);                             // BF16
 }
 
-// Linux lets a process use tiles only after it has asked to; the permission holds for all threads made later and for this one's.
+// Linux lets a process use tiles only after it has asked to; the permission then holds for all of its threads.
 bool runs_amx() {
 #if defined(HF_SPARSE_EMULATE_TILES)
   return runs_avx512();
