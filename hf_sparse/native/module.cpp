@@ -1,4 +1,5 @@
-// The functions that Python sees. Addresses and lengths come from tensors whose dtype, layout and length the Python side has checked.
+// The functions that Python sees. Addresses and lengths come from tensors whose dtype, layout and length the Python side has
+// checked.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -67,8 +68,8 @@ void measure_stored(Address values, Address bits, int64_t bits_per_row, Address 
 
 bool fill_stored(Address values, Address bits, int64_t bits_per_row, Address row_starts, int64_t rows, int64_t columns,
                  Address masks, Address offsets, Address packed, int threads) {
-  return fill(Stored{at<uint16_t>(values), at<uint8_t>(bits), bits_per_row, at<int64_t>(row_starts)}, checked_shape(rows, columns),
-              NewParts{at<uint32_t>(masks), at<int64_t>(offsets), at<uint16_t>(packed)}, threads);
+  return fill(Stored{at<uint16_t>(values), at<uint8_t>(bits), bits_per_row, at<int64_t>(row_starts)},
+              checked_shape(rows, columns), NewParts{at<uint32_t>(masks), at<int64_t>(offsets), at<uint16_t>(packed)}, threads);
 }
 
 void unpack_matrix(Address masks, Address offsets, Address values, int64_t rows, int64_t columns, Address weights, int threads) {

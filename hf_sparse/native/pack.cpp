@@ -12,8 +12,10 @@ namespace {
 constexpr int64_t block_pairs = padded_inputs / 2;
 
 struct Block {
-  uint16_t weights[block_pairs][pair_weights];
+  uint16_t weights[block_pairs * pair_weights];  // pair after pair
 };
+
+int64_t place(int64_t row, int64_t column) { return column / 2 * pair_weights + 2 * row + column % 2; }
 
 // Gives the blocks of a stripe from left to right.
 class MatrixBlocks {
@@ -28,12 +30,13 @@ class MatrixBlocks {
     const uint16_t* from = matrix_.weights + first_row_ * matrix_.row_stride + column_ * matrix_.column_stride;
     if (matrix_.column_stride == 1) {
       for (int64_t row = 0; row < rows_; ++row) {
-        for (int64_t i = 0; i < columns; ++i) block.weights[i / 2][2 * row + i % 2] = from[row * matrix_.row_stride + i];
+        const uint16_t* line = from + row * matrix_.row_stride;
+        for (int64_t i = 0; i < columns; ++i) block.weights[place(row, i)] = line[i];
       }
     } else {
       for (int64_t i = 0; i < columns; ++i) {
         const uint16_t* column = from + i * matrix_.column_stride;
-        for (int64_t row = 0; row < rows_; ++row) block.weights[i / 2][2 * row + i % 2] = column[row * matrix_.row_stride];
+        for (int64_t row = 0; row < rows_; ++row) block.weights[place(row, i)] = column[row * matrix_.row_stride];
       }
     }
     column_ += padded_inputs;
@@ -59,7 +62,7 @@ class StoredBlocks {
       const int64_t end = stored_.row_starts[first_row_ + row + 1];
       for (uint32_t word = bits_at((first_row_ + row) * stored_.bits_per_row + column_, columns); word != 0; word &= word - 1) {
         const int64_t i = lowest_bit(word);
-        if (cursor_[row] < end) block.weights[i / 2][2 * row + i % 2] = stored_.values[cursor_[row]++];
+        if (cursor_[row] < end) block.weights[place(row, i)] = stored_.values[cursor_[row]++];
       }
     }
     column_ += padded_inputs;
@@ -81,32 +84,16 @@ class StoredBlocks {
   int64_t cursor_[stripe_rows] = {};
 };
 
-int64_t non_zeros(const Block& block) {
-  int count = 0;
-  for (const auto& pair : block.weights) {
-    for (const uint16_t weight : pair) count += is_zero(weight) ? 0 : 1;
-  }
-  return count;
-}
-
 void add_up(const Shape& shape, int64_t* offsets) {
   offsets[0] = 0;
   for (int64_t stripe = 0; stripe < shape.stripes; ++stripe) offsets[stripe + 1] += offsets[stripe];
 }
 
-template <class Blocks, class Source>
-void measure_blocks(const Source& source, const Shape& shape, int64_t* offsets, int threads) {
-  for_stripes(shape.stripes, threads, [&](int64_t stripe) {
-    Blocks blocks(source, shape, stripe);
-    Block block;
-    int64_t count = 0;
-    for (int64_t pair = 0; pair < shape.pairs; pair += block_pairs) {
-      blocks.next(block);
-      count += non_zeros(block);
-    }
-    offsets[stripe + 1] = count;
-  });
-  add_up(shape, offsets);
+// How many of the weights in a row of memory are not zero.
+int64_t non_zeros(const uint16_t* weights, int64_t count) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found += is_zero(weights[i]) ? 0 : 1;
+  return found;
 }
 
 // Writes the non-zeros of one pair of inputs, never beyond `end`; null where they do not fit.
@@ -141,7 +128,7 @@ bool fill_blocks(const Source& source, const Shape& shape, const NewParts& parts
     uint16_t* const end = parts.values + parts.offsets[stripe + 1];
     for (int64_t pair = 0; pair < shape.pairs; ++pair) {
       if (pair % block_pairs == 0) blocks.next(block);
-      to = write_pair(block.weights[pair % block_pairs], to, end, masks[pair]);
+      to = write_pair(block.weights + pair % block_pairs * pair_weights, to, end, masks[pair]);
       if (!to) break;
     }
     if (to != end) same = false;
@@ -153,11 +140,34 @@ bool fill_blocks(const Source& source, const Shape& shape, const NewParts& parts
 }  // namespace
 
 void measure(const Matrix& matrix, const Shape& shape, int64_t* offsets, int threads) {
-  measure_blocks<MatrixBlocks>(matrix, shape, offsets, threads);
+  for_stripes(shape.stripes, threads, [&](int64_t stripe) {
+    int64_t count = 0;
+    if (matrix.column_stride == 1) {
+      const int64_t end = std::min((stripe + 1) * stripe_rows, shape.rows);
+      for (int64_t row = stripe * stripe_rows; row < end; ++row) {
+        count += non_zeros(matrix.weights + row * matrix.row_stride, shape.columns);
+      }
+    } else {
+      MatrixBlocks blocks(matrix, shape, stripe);
+      Block block;
+      for (int64_t pair = 0; pair < shape.pairs; pair += block_pairs) {
+        blocks.next(block);
+        count += non_zeros(block.weights, block_pairs * pair_weights);
+      }
+    }
+    offsets[stripe + 1] = count;
+  });
+  add_up(shape, offsets);
 }
 
+// The values of a stripe lie together, because its rows do.
 void measure(const Stored& stored, const Shape& shape, int64_t* offsets, int threads) {
-  measure_blocks<StoredBlocks>(stored, shape, offsets, threads);
+  for_stripes(shape.stripes, threads, [&](int64_t stripe) {
+    const int64_t start = stored.row_starts[stripe * stripe_rows];
+    const int64_t end = stored.row_starts[std::min((stripe + 1) * stripe_rows, shape.rows)];
+    offsets[stripe + 1] = non_zeros(stored.values + start, end - start);
+  });
+  add_up(shape, offsets);
 }
 
 bool fill(const Matrix& matrix, const Shape& shape, const NewParts& to, int threads) {
@@ -238,7 +248,8 @@ std::string trouble(const uint32_t* masks, const int64_t* offsets, const Shape& 
     if (outside || count != offsets[stripe + 1] - offsets[stripe]) wrong = stripe;
   });
   if (wrong < 0) return "";
-  return "the masks of stripe " + std::to_string(wrong) + " do not mark as many weights as it has values, or mark some outside the matrix";
+  return "the masks of stripe " + std::to_string(wrong) + 
+         " do not mark as many weights as it has values, or mark some outside the matrix";
 }
 
 }  // namespace hf_sparse

@@ -103,8 +103,8 @@ Set chosen_set(const char* wanted) {
   const std::string name = wanted ? wanted : "";
   for (const Set set : {Set::amx, Set::avx512, Set::portable}) {
     if (name == set_name(set) && !processor_has(set)) {
-      throw std::invalid_argument("HF_SPARSE_KERNELS is " + name + ", which this build, processor or operating system does not have; the best that it has is " +
-                                  set_name(chosen_set(nullptr)) + ". Unset the variable or name a set that is there.");
+      throw std::invalid_argument("HF_SPARSE_KERNELS is " + name + ", which this build, processor or operating system " +
+                                  "does not have; the best that it has is " + set_name(chosen_set(nullptr)) + ". Unset the variable or name a set that is there.");
     }
     if (name == set_name(set) || (name.empty() && processor_has(set))) return set;
   }
