@@ -12,7 +12,7 @@ PYTEST_FLAGS ?=
 # Tests run in so many processes, each with one thread.
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-lowest benchmark lint format constraints clean
+.PHONY: demo test test-slow test-lowest benchmark sanitize lint format constraints clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN_STAMP)
@@ -27,6 +27,11 @@ test-slow: $(RUN_STAMP)
 
 benchmark: $(RUN_STAMP)
 	$(BIN)/python tests/benchmarks/pruning.py
+
+# The native kernels under the address and undefined behaviour sanitizers; gcc and cmake have to be there.
+sanitize: $(RUN_STAMP)
+	$(BIN)/python -m pip install nanobind
+	PYTHON=$(BIN)/python tests/native/sanitize.sh
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -33,6 +33,10 @@ class HubError(CheckpointError):
     """Raised when a repository on the Hub cannot be looked at or changed: absent, private, offline, no answer."""
 
 
+class KernelError(HfSparseError):
+    """Raised when a weight, an input or packed buffers are not what the sparse kernels can work on."""
+
+
 class PruningInterrupted(HfSparseError):
     """Raised when a run fails after some blocks were changed; `blocks` holds the indices of those already pruned."""
 
