@@ -8,6 +8,7 @@ import torch
 from hf_sparse.errors import KernelError
 from hf_sparse.native import Arranged, Packed, dense_matmul, matmul
 from hf_sparse.native.layout import STRIPE_ROWS
+from hf_sparse.native.products import DTYPES
 from hf_sparse.runtime.operators import packed_dense, packed_linear
 
 
@@ -15,7 +16,13 @@ class Form(Protocol):
     """A matrix (out, in) that multiplies."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]: ...  # that inputs may have
 
     @property
     def nbytes(self) -> int: ...
@@ -49,6 +56,8 @@ class PackedForm:
     """Zeros left out, multiplied by the native kernels on the CPU."""
 
     packed: Packed
+    name = "packed"
+    dtypes = DTYPES
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,6 +95,8 @@ class ArrangedForm:
     """All weights in the order of the kernels: the dense control that tells what sparsity itself gains."""
 
     arranged: Arranged
+    name = "arranged"
+    dtypes = DTYPES
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -7,13 +7,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse.errors import KernelError
+from hf_sparse.errors import KernelError, ModelError
 from hf_sparse.native import pack
 from hf_sparse.runtime.forms import Form, PackedForm, cuts_gradients
 from hf_sparse.runtime.lazy import REFUSAL, LazyWeight
 from hf_sparse.runtime.operators import NO_GRADIENT, WAY_BACK
-
-DTYPES = (torch.bfloat16, torch.float32)
 
 
 class SparseModule(nn.Module):
@@ -45,8 +43,8 @@ class SparseModule(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
             raise KernelError(NO_GRADIENT)
-        dtype = result_dtype(input)
-        inner = dtype if dtype in DTYPES else torch.float32  # autocast to float16: rounded once, at the end
+        dtype = result_dtype(input, self._form)
+        inner = dtype if dtype in self._form.dtypes else torch.float32  # autocast to float16: rounded once, at the end
         input = input if input.dtype is inner else input.to(inner)
         bias: torch.Tensor | None = self.bias  # type: ignore[assignment]
         if bias is not None:
@@ -105,15 +103,18 @@ class SparseConv1D(SparseModule, Conv1D):
 CLASSES: dict[type, type[SparseModule]] = {nn.Linear: SparseLinear, Conv1D: SparseConv1D}
 
 
-def result_dtype(x: torch.Tensor) -> torch.dtype:
+def result_dtype(x: torch.Tensor, form: Form) -> torch.dtype:
     """The dtype of a product with this input: its own, or what autocast says.
 
     Raises: KernelError for a dtype that the kernels do not multiply.
     """
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
-    if x.dtype not in DTYPES:
-        raise KernelError(f"Sparse kernels take inputs in bfloat16 or float32, given is {x.dtype}; {WAY_BACK}.")
+    if x.dtype not in form.dtypes or x.device != form.device:
+        raise KernelError(
+            f"These sparse weights take inputs in {' or '.join(map(str, form.dtypes))} on {form.device}, given is {x.dtype} on "
+            f"{x.device}. Convert the input; or {WAY_BACK}."
+        )
     return x.dtype
 
 
@@ -123,10 +124,11 @@ def moved_dtype(module: SparseModule, fn: Any) -> torch.dtype:
     Raises: KernelError for another device, or a dtype that the kernels do not multiply.
     """
     moved = fn(torch.empty(1, dtype=module._dtype, device=module._form.device))
-    if moved.device != module._form.device or moved.dtype not in DTYPES:
+    if moved.device != module._form.device or moved.dtype not in module._form.dtypes:
+        allowed = " or ".join(map(str, module._form.dtypes))
         raise KernelError(
-            f"A model with sparse kernels cannot become {moved.dtype} on {moved.device}: they multiply bfloat16 or float32 on the "
-            f"device where they were made ({module._form.device}). {WAY_BACK}; convert or move it then."
+            f"A model with sparse kernels cannot become {moved.dtype} on {moved.device}: they multiply {allowed} on the device "
+            f"where they were made, {module._form.device}. {WAY_BACK}; convert or move it then."
         )
     return moved.dtype
 
@@ -193,3 +195,10 @@ def release_(module: SparseModule) -> None:
 def sparse_modules(model: nn.Module) -> Iterator[tuple[str, SparseModule]]:
     """The modules of a model that hold a sparse form, by name, each once."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseModule))
+
+
+def refuse_sparse(model: nn.Module, doing: str) -> None:
+    """Raises ModelError where a model runs on sparse kernels; `doing` says what cannot be done with it."""
+    name = next((name for name, _ in sparse_modules(model)), None)
+    if name is not None:
+        raise ModelError(f"{name} holds its weight for sparse kernels, so the model cannot {doing}; {WAY_BACK}.")
