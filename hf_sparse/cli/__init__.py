@@ -14,7 +14,7 @@ OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    from hf_sparse.cli import compare, demo, evaluate, inspect, methods, prune, recover
+    from hf_sparse.cli import bench, compare, demo, evaluate, inspect, methods, prune, recover
 
     parser = argparse.ArgumentParser(
         prog="hf-sparse",
@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         "recover": recover,
         "compare": compare,
         "evaluate": evaluate,
+        "bench": bench,
         "inspect": inspect,
         "methods": methods,
     }.items():
