@@ -12,7 +12,7 @@ from torch import nn
 from hf_sparse import checkpoint, environment, native
 from hf_sparse.errors import ModelError
 from hf_sparse.execution import use_sparse_kernels_
-from hf_sparse.runtime import ArrangedForm, hold_
+from hf_sparse.runtime import ArrangedForm, hold_, refuse_sparse
 from hf_sparse.runtime.choices import processor
 from hf_sparse.runtime.table import KernelTable
 from hf_sparse.runtime.timing import Times, clock_name, interleaved, read_bandwidth
@@ -91,9 +91,10 @@ def bench(
 
     `seconds` is spent on each matrix and number of tokens, `rounds` runs of the whole model are timed.
 
-    Raises: ModelError where no matrix can run sparse, with the reasons.
+    Raises: ModelError where no matrix can run sparse, with the reasons, or all do already.
     """
     inner = checkpoint.unwrap(model)
+    refuse_sparse(inner, "be compared with what it was")
     sparse = shared_copy(inner)
     table = use_sparse_kernels_(sparse, choose="always")
     if not table.sparse:

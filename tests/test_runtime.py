@@ -10,6 +10,7 @@ import models
 import pytest
 import torch
 from kernel_cases import sparse
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -177,6 +178,27 @@ def test_gradients_are_refused_with_the_way_back() -> None:
         held.train()
         with pytest.raises(KernelError, match="use_dense_kernels_"):
             held(torch.zeros(2, 40, dtype=torch.bfloat16))
+
+
+def test_a_module_that_never_had_its_dense_weight() -> None:
+    dense, _ = linear()
+    module = nn.Linear(40, 24, dtype=torch.bfloat16, device="meta").eval()
+    module.bias = nn.Parameter(dense.bias.clone())
+    kept = dense.weight != 0
+    bits = kept.flatten().view(-1, 8).to(torch.uint8)
+    bitmask = (bits << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    hold_(module, PackedForm(native.pack_stored(dense.weight[kept].detach(), bitmask, (24, 40))))
+    x = torch.randn(3, 40).bfloat16()
+    torch.testing.assert_close(module(x), dense(x))
+
+
+def test_adapters_run_but_do_not_merge() -> None:
+    model = on_sparse_kernels()
+    expected = logits(model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"], r=2))
+    torch.testing.assert_close(adapted(input_ids=models.token_rows()).logits, expected)
+    with pytest.raises(KernelError, match="use_dense_kernels_"):
+        adapted.merge_and_unload()
 
 
 def test_forms_must_fit() -> None:
