@@ -132,6 +132,8 @@ def _why_dense(
         return "choose is 'never'"
     if weight.device.type == "cuda":
         return semi_structured.why_not(_matrix(module, weight))
+    if choose == "measured" and not native.available():
+        return native.why_not()  # torch's own way is slower for certain, so nothing needs measuring
     return _why_not_on_cpu(weight, rounds)
 
 

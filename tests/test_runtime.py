@@ -358,6 +358,12 @@ def test_measured_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(table.to_dict())
 
 
+def test_without_compiled_kernels_nothing_is_packed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "why_not", lambda: "no compiler was there")
+    assert "no compiler" in reasons(use_sparse_kernels_(pruned()))
+
+
 def test_a_measurement() -> None:
     assert choices.measure(sparse("2:4 input", 64, 64, 0), 2) > 0
 
