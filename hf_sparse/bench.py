@@ -77,16 +77,9 @@ def _markdown(title: str, rows: Sequence[Measured]) -> Iterator[str]:
 
 
 def bench(
-    model: Any,
-    *,
-    name: str = "",
-    tokens: Sequence[int] = TOKENS,
-    prompt: int = 16,
-    new_tokens: int = 32,
-    prefill: int = 512,
-    seconds: float = 0.5,
-    rounds: int = 5,
-) -> Bench:
+    model: Any, *, name: str = "", tokens: Sequence[int] = TOKENS, prompt: int = 16, new_tokens: int = 32,
+    prefill: int = 512, seconds: float = 0.5, rounds: int = 5,
+) -> Bench:  # fmt: skip
     """Measure a pruned model, which is left as it is: its matrices, generating `new_tokens`, and reading `prefill` tokens.
 
     `seconds` is spent on each matrix and number of tokens, `rounds` runs of the whole model are timed.
@@ -101,8 +94,8 @@ def bench(
         raise ModelError(f"no matrix of the model can run sparse, so there is nothing to measure.\n{table}")
     bandwidth = read_bandwidth()
     kernels = [row for case in _cases(inner, table) for row in _kernels(case, tokens, seconds, bandwidth)]
-    ways = {DENSE: inner, **({CONTROL: control_of(inner, table)} if native.available() else {}), SPARSE: sparse}
-    whole = list(_whole(ways, prompt, new_tokens, prefill, rounds))
+    control = {CONTROL: control_of(inner, table)} if native.available() else {}
+    whole = _whole({DENSE: inner, **control, SPARSE: sparse}, prompt, new_tokens, prefill, rounds)
     return Bench(
         model=name or type(inner).__name__, machine=machine(), bandwidth=bandwidth, kernels=tuple(kernels),
         end_to_end=tuple(whole), table=table,

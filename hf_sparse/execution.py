@@ -36,11 +36,7 @@ def use_sparse_kernels_(
     """
     if choose not in CHOICES:
         raise ConfigError(unknown("choose", choose, CHOICES))
-    counts = tuple(tokens)
-    if not counts or not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
-        raise ConfigError(
-            f"tokens must be one or more numbers of at least 1, such as (1, 16, 512); given is {tokens!r}."
-        )
+    counts = _counts(tokens)
     model = checkpoint.unwrap(model)
     _check(model)
     choices, rows = Choices(), []
@@ -64,6 +60,15 @@ def use_dense_kernels_(model: nn.Module) -> nn.Module:
         release_(module)
     inner.__dict__.pop("_apply", None)
     return model
+
+
+def _counts(tokens: Sequence[int]) -> tuple[int, ...]:
+    counts = tuple(tokens)
+    if not counts or not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
+        raise ConfigError(
+            f"tokens must be one or more numbers of at least 1, such as (1, 16, 512); given is {tokens!r}."
+        )
+    return counts
 
 
 def _check(model: nn.Module) -> None:
