@@ -9,6 +9,7 @@ from typing import Any
 from hf_sparse.checkpoint import is_sparse, masks, report
 from hf_sparse.config import PredictorConfig, SparsityConfig
 from hf_sparse.errors import HfSparseError
+from hf_sparse.execution import use_dense_kernels_, use_sparse_kernels_
 from hf_sparse.hooks import install, uninstall
 from hf_sparse.kept import KeptMasks
 from hf_sparse.prune import prune_
@@ -38,6 +39,8 @@ __all__ = [
     "prune_",
     "report",
     "uninstall",
+    "use_dense_kernels_",
+    "use_sparse_kernels_",
     *_LAZY,
 ]
 

@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_sparse import offload
 from hf_sparse.errors import ModelError
+from hf_sparse.runtime import SparseModule
 from hf_sparse.sites import plain_name
 
 
@@ -48,7 +49,9 @@ class Block:
 
 
 def _has_matrices(module: nn.Module) -> bool:
-    return any(parameter.ndim >= 2 for parameter in module.parameters())
+    if any(parameter.ndim >= 2 for parameter in module.parameters()):
+        return True
+    return any(isinstance(child, SparseModule) for child in module.modules())
 
 
 def _is_stack(module: nn.Module, layer_classes: set[str]) -> bool:

@@ -14,6 +14,7 @@ from hf_sparse.families import Inventory, find_sites
 from hf_sparse.plan import select
 from hf_sparse.recovery import writable
 from hf_sparse.report import Report
+from hf_sparse.runtime import refuse_sparse
 from hf_sparse.sites import Site, count_zeros, plain_name, read, view
 
 CONFIG_KEY = "hf_sparse"
@@ -41,6 +42,7 @@ def check_prunable(model: nn.Module) -> None:
     """Refuse quantized, sharded and weightless models, with the way out."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} cannot be pruned; give a model, such as from_pretrained returns.")
+    refuse_sparse(model, "be pruned")
     kind = type(model).__name__
     if kind in ("FullyShardedDataParallel", "DeepSpeedEngine") or kind.startswith("FSDP"):
         raise ModelError(f"a model wrapped as {kind} has its weights in shards; prune it before you wrap it.")

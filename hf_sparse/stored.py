@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from hf_sparse.errors import ModelError
 from hf_sparse.families import find_sites
+from hf_sparse.runtime import refuse_sparse
 from hf_sparse.sites import Site, count_zeros, plain_name, view
 
 _CHUNK = 2**18  # weights at a time, so that a widened piece of the mask stays in the cache
@@ -108,6 +109,7 @@ def _group(groups: Mapping[str, FSDPModule], name: str) -> FSDPModule | None:
 
 
 def _check(model: nn.Module) -> None:
+    refuse_sparse(model, "be trained")
     settings = getattr(getattr(model, "config", None), "quantization_config", None)
     if settings is not None or getattr(model, "is_quantized", False):
         method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernels import PATTERNS, SETS, assert_product, needs_binary, sparse
+from kernel_cases import PATTERNS, SETS, assert_product, needs_binary, sparse
 
 from hf_sparse import native
 from hf_sparse.errors import ConfigError, KernelError

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import assert_product, sparse
+from kernel_cases import assert_product, sparse
 
 from hf_sparse import native
 from hf_sparse.errors import KernelError

@@ -19,7 +19,7 @@ _LONGEST_ERROR = 2000
 
 
 def _parser() -> argparse.ArgumentParser:
-    from hf_sparse.cli import compare, demo, evaluate, inspect, methods, prune, push, recover, verify
+    from hf_sparse.cli import bench, compare, demo, evaluate, inspect, methods, prune, push, recover, verify
 
     parser = argparse.ArgumentParser(
         prog="hf-sparse",
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         "recover": recover,
         "compare": compare,
         "evaluate": evaluate,
+        "bench": bench,
         "inspect": inspect,
         "push": push,
         "verify": verify,

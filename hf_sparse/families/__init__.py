@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from hf_sparse.blocks import Block, find_blocks
@@ -12,12 +13,16 @@ from hf_sparse.families.experts import register_experts, sites_of_experts
 from hf_sparse.families.fused import register_fused
 from hf_sparse.families.linear import sites_of_linear
 from hf_sparse.families.names import register_role
+from hf_sparse.runtime import SparseModule
 from hf_sparse.sites import Site, plain_name
 
 __all__ = ["Inventory", "find_sites", "register_experts", "register_fused", "register_role"]
 
 
 _PARTNERS: dict[str, set[str | None]] = {"o": {"v"}, "gate": {"up", "down"}, "up": {"down"}, "down": {"up"}}
+
+
+Seen = dict[int, tuple[str, torch.Tensor]]  # by id, with the tensor itself, so that none takes another's id
 
 
 @dataclass(frozen=True)
@@ -37,25 +42,25 @@ def find_sites(model: nn.Module) -> Inventory:
     """Every matrix product's weight inside the model's blocks as a site, and a reason for each parameter that is none."""
     blocks = find_blocks(model)
     exclusions = Exclusions(model)
-    seen: dict[int, str] = {}
+    seen: Seen = {}
     left_out: dict[str, str] = {}
     sites = {block.index: _with_partners(_sites_of_block(block, exclusions, seen, left_out)) for block in blocks}
     return Inventory(blocks, sites, left_out)
 
 
-def _sites_of_block(block: Block, exclusions: Exclusions, seen: dict[int, str], left_out: dict[str, str]) -> list[Site]:
+def _sites_of_block(block: Block, exclusions: Exclusions, seen: Seen, left_out: dict[str, str]) -> list[Site]:
     found: list[Site] = []
     for path, module, owner in _modules(block.name, block.module, block.module, left_out):
         exclusions.enter(path, module)
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in _parameters(module):
             full = f"{path}.{name}"
             if parameter.ndim < 2:
                 continue
             if id(parameter) in seen:
-                if seen[id(parameter)] != full:
-                    left_out[full] = f"It is the same tensor as {seen[id(parameter)]}."
+                if seen[id(parameter)][0] != full:
+                    left_out[full] = f"It is the same tensor as {seen[id(parameter)][0]}."
                 continue
-            seen[id(parameter)] = full
+            seen[id(parameter)] = (full, parameter)
             reason = exclusions.reason(path, module, owner, name, parameter)
             sites = [] if reason else sites_of_experts(path, module, name, parameter)
             sites = sites or ([] if reason else sites_of_linear(path, module, owner, name, parameter))
@@ -63,6 +68,13 @@ def _sites_of_block(block: Block, exclusions: Exclusions, seen: dict[int, str], 
                 left_out[full] = reason or leftover(module, name, parameter)
             found.extend(sites)
     return found
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's own parameters; the weight of one that runs on sparse kernels is none any more, but a site all the same."""
+    if isinstance(module, SparseModule):
+        yield "weight", module.weight
+    yield from module.named_parameters(recurse=False)
 
 
 def _modules(

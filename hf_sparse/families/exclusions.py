@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from hf_sparse.families.names import role_of
+from hf_sparse.runtime.lazy import LazyWeight
 from hf_sparse.sites import plain_name
 
 _ROUTER_NAMES = {"gate", "shared_expert_gate", "wg", "gating"}
@@ -89,7 +90,11 @@ def _expert_counts(module: nn.Module, owner: nn.Module) -> set[int]:
 def _is_foreign(parameter: torch.Tensor) -> bool:
     """A tensor subclass stores something else than it shows; distributed tensors only split what they show."""
     kind = type(parameter.data)
-    return kind not in (torch.Tensor, nn.Parameter) and kind.__name__ != "DTensor" and "Fake" not in kind.__name__
+    return (
+        kind not in (torch.Tensor, nn.Parameter, LazyWeight)
+        and kind.__name__ != "DTensor"
+        and "Fake" not in kind.__name__
+    )
 
 
 def leftover(module: nn.Module, name: str, parameter: torch.Tensor) -> str:

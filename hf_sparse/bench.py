@@ -1,0 +1,200 @@
+"""Measures what sparse kernels gain on this machine: for each shape of a model's matrices, and for the whole model."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_sparse import checkpoint, environment, native
+from hf_sparse.errors import ModelError
+from hf_sparse.execution import use_sparse_kernels_
+from hf_sparse.runtime import ArrangedForm, hold_, refuse_sparse
+from hf_sparse.runtime.choices import processor
+from hf_sparse.runtime.table import KernelTable
+from hf_sparse.runtime.timing import Times, clock_name, interleaved, read_bandwidth
+
+DENSE, CONTROL, SPARSE = "dense (torch)", "dense (own kernel)", "sparse"
+TOKENS = (1, 4, 16, 64, 512)
+COPIES_BYTES = 128 * 2**20  # together more than the caches hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One way of doing one piece of work."""
+
+    work: str  # "2048 x 8192, 50 % zeros" or "generate"
+    tokens: int
+    way: str
+    milliseconds: float  # median
+    low: float  # a tenth of the rounds was below
+    high: float  # a tenth of the rounds was above
+    rounds: int
+    speedup: float  # over torch's dense product
+    bytes: int | None = None  # of weights that were read
+    bandwidth_share: float | None = None  # bytes per second over what reading alone reaches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """All that was measured, and on what."""
+
+    model: str
+    machine: dict[str, Any]
+    bandwidth: float  # bytes per second
+    kernels: tuple[Measured, ...]
+    end_to_end: tuple[Measured, ...]
+    table: KernelTable
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = {name: [asdict(row) for row in getattr(self, name)] for name in ("kernels", "end_to_end")}
+        return {
+            "model": self.model, "machine": self.machine, "bandwidth": self.bandwidth, **rows, "table": self.table.to_dict(),
+        }  # fmt: skip
+
+    def markdown(self) -> str:
+        head = [
+            f"{self.model}: {', '.join(f'{name} {value}' for name, value in self.machine.items())}. "
+            f"Reading memory: {self.bandwidth / 1e9:.1f} GB/s.",
+            "",
+        ]
+        return "\n".join(
+            [*head, *_markdown("one matrix", self.kernels), "", *_markdown("whole model", self.end_to_end)]
+        )
+
+
+def _markdown(title: str, rows: Sequence[Measured]) -> Iterator[str]:
+    yield f"| {title} | tokens | way | ms (10 % to 90 %) | over torch | MB read | of bandwidth |"
+    yield "|---|---:|---|---:|---:|---:|---:|"
+    for row in rows:
+        read = "" if row.bytes is None else f"{row.bytes / 1e6:.1f}"
+        share = "" if row.bandwidth_share is None else f"{100 * row.bandwidth_share:.0f} %"
+        spread = f"{row.milliseconds:.3f} ({row.low:.3f} to {row.high:.3f})"
+        yield f"| {row.work} | {row.tokens} | {row.way} | {spread} | {row.speedup:.2f} | {read} | {share} |"
+
+
+def bench(
+    model: Any, *, name: str = "", tokens: Sequence[int] = TOKENS, prompt: int = 16, new_tokens: int = 32,
+    prefill: int = 512, seconds: float = 0.5, rounds: int = 5,
+) -> Bench:  # fmt: skip
+    """Measure a pruned model, which is left as it is: its matrices, generating `new_tokens`, and reading `prefill` tokens.
+
+    `seconds` is spent on each matrix and number of tokens, `rounds` runs of the whole model are timed.
+
+    Raises: ModelError where no matrix can run sparse, with the reasons, or all do already.
+    """
+    inner = checkpoint.unwrap(model)
+    refuse_sparse(inner, "be compared with what it was")
+    sparse = shared_copy(inner)
+    table = use_sparse_kernels_(sparse, choose="always")
+    if not table.sparse:
+        raise ModelError(f"no matrix of the model can run sparse, so there is nothing to measure.\n{table}")
+    bandwidth = read_bandwidth()
+    kernels = [row for case in _cases(inner, table) for row in _kernels(case, tokens, seconds, bandwidth)]
+    control = {CONTROL: control_of(inner, table)} if native.available() else {}
+    whole = _whole({DENSE: inner, **control, SPARSE: sparse}, prompt, new_tokens, prefill, rounds)
+    return Bench(
+        model=name or type(inner).__name__, machine=machine(), bandwidth=bandwidth, kernels=tuple(kernels),
+        end_to_end=tuple(whole), table=table,
+    )  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    versions = environment.versions()
+    return {
+        "processor": processor(), "kernels": native.instruction_set(), "threads": torch.get_num_threads(), "time": clock_name(),
+        **{name: versions[name] for name in ("python", "torch", "transformers", "hf_sparse")},
+    }  # fmt: skip
+
+
+def shared_copy(model: nn.Module) -> Any:
+    """A model of its own modules, but of the same tensors, so that what is not packed takes no memory again."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+
+
+def control_of(model: nn.Module, table: KernelTable) -> Any:
+    """The model on the kernels' own dense product, wherever the sparse one runs sparse."""
+    control = shared_copy(model)
+    for row in table.sparse:
+        module = control.get_submodule(row.module)
+        hold_(module, ArrangedForm(native.arrange(_matrix(model, row.module).bfloat16())))
+    return control
+
+
+def _matrix(model: nn.Module, name: str) -> torch.Tensor:
+    weight = model.get_submodule(name).weight.detach()  # type: ignore[union-attr,operator]
+    return weight if isinstance(model.get_submodule(name), nn.Linear) else weight.T
+
+
+Case = tuple[str, torch.Tensor]
+
+
+def _cases(model: nn.Module, table: KernelTable) -> Iterator[Case]:
+    """One matrix of each shape and sparsity, with what it is called."""
+    seen = set()
+    for row in table.sparse:
+        title = f"{row.shape[0]} x {row.shape[1]}, {100 * (row.sparsity or 0):.0f} % zeros"
+        if title not in seen:
+            seen.add(title)
+            yield title, _matrix(model, row.module)
+
+
+def _kernels(case: Case, tokens: Sequence[int], seconds: float, bandwidth: float) -> Iterator[Measured]:
+    title, weight = case
+    count = max(1, min(64, COPIES_BYTES // weight.nbytes))
+    dense = [weight.clone() for _ in range(count)]
+    packed = [native.pack(weight.bfloat16()) for _ in range(count)]
+    arranged = [native.arrange(weight.bfloat16()) for _ in range(count)] if native.available() else []
+    sizes = {DENSE: weight.nbytes, CONTROL: weight.numel() * 2, SPARSE: packed[0].nbytes}
+    for number in tokens:
+        x = torch.linspace(-1, 1, number * weight.shape[1]).view(number, -1).to(weight.dtype)
+        ways: dict[str, list[Callable[[], object]]] = {DENSE: [_call(F.linear, x, one) for one in dense]}
+        if arranged:
+            ways[CONTROL] = [_call(native.dense_matmul, x, one) for one in arranged]
+        ways[SPARSE] = [_call(native.matmul, x, one) for one in packed]
+        times = interleaved(ways, seconds)
+        for way, found in times.items():
+            share = sizes[way] / found.median / bandwidth
+            yield _row(title, number, way, found, times[DENSE], bytes=sizes[way], bandwidth_share=share)
+
+
+def _call(function: Callable[..., object], x: torch.Tensor, weight: object) -> Callable[[], object]:
+    return lambda: function(x, weight)
+
+
+def _row(work: str, tokens: int, way: str, times: Times, dense: Times, per: int = 1, **more: Any) -> Measured:
+    low, middle, high = (1e3 * times.share(part) / per for part in (0.1, 0.5, 0.9))
+    return Measured(
+        work=work, tokens=tokens, way=way, milliseconds=middle, low=low, high=high, rounds=len(times.seconds),
+        speedup=dense.median / times.median, **more,
+    )  # fmt: skip
+
+
+def _whole(ways: dict[str, Any], prompt: int, new_tokens: int, prefill: int, rounds: int) -> Iterator[Measured]:
+    """Milliseconds a token for generating (with its prompt), and for reading a prompt and saying one token."""
+    model = ways[DENSE]
+    generates = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
+    if not generates:
+        return
+    room = getattr(model.config, "max_position_embeddings", None) or prefill + 1
+    works = [("generate", prompt, new_tokens), ("prefill", min(prefill, room - 1), 1)]
+    for work, given, wanted in works:
+        rows = (torch.arange(given) % model.config.vocab_size)[None]
+        runs: dict[str, Any] = {way: [_generation(one, rows, wanted)] for way, one in ways.items()}
+        times = interleaved(runs, 0.0, rounds)
+        for way, found in times.items():
+            per, tokens = (new_tokens, 1) if work == "generate" else (1, given)
+            yield _row(
+                f"{work}, ms {'a token' if work == 'generate' else 'in all'}", tokens, way, found, times[DENSE], per
+            )
+
+
+def _generation(model: Any, rows: torch.Tensor, wanted: int) -> Callable[[], object]:
+    mask = torch.ones_like(rows)
+    return lambda: model.generate(
+        rows, attention_mask=mask, max_new_tokens=wanted, min_new_tokens=wanted, do_sample=False, pad_token_id=0
+    )

@@ -1,0 +1,143 @@
+"""The forms in which a matrix can be held instead of dense, each with its product and its way back."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from hf_sparse.errors import KernelError
+from hf_sparse.native import Arranged, Packed, dense_matmul, matmul
+from hf_sparse.native.layout import STRIPE_ROWS
+from hf_sparse.native.products import DTYPES
+from hf_sparse.runtime.operators import packed_dense, packed_linear
+
+
+class Form(Protocol):
+    """A matrix (out, in) that multiplies."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]: ...  # that inputs may have
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What takes the memory, by names for buffers."""
+        ...
+
+    def unpack(self) -> torch.Tensor:
+        """The dense matrix (out, in) in the dtype that its values have."""
+        ...
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x times the transposed matrix, plus the bias, in x's dtype."""
+        ...
+
+    def traced_product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The same as an operator that torch.compile can place in a graph."""
+        ...
+
+    def traced_unpack(self) -> torch.Tensor:
+        """`unpack` as such an operator."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PackedForm:
+    """Zeros left out, multiplied by the native kernels on the CPU."""
+
+    packed: Packed
+    name = "packed"
+    dtypes = DTYPES
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.values.device
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        packed = self.packed
+        return {"packed_masks": packed.masks, "packed_offsets": packed.offsets, "packed_values": packed.values}
+
+    def unpack(self) -> torch.Tensor:
+        return self.packed.unpack()
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return matmul(x, self.packed, bias)
+
+    def traced_product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        packed = self.packed
+        return packed_linear(x, packed.masks, packed.offsets, packed.values, bias, *packed.shape)
+
+    def traced_unpack(self) -> torch.Tensor:
+        packed = self.packed
+        return packed_dense(packed.masks, packed.offsets, packed.values, *packed.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrangedForm:
+    """All weights in the order of the kernels: the dense control that tells what sparsity itself gains."""
+
+    arranged: Arranged
+    name = "arranged"
+    dtypes = DTYPES
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.arranged.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.arranged.values.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.arranged.values.device
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"arranged_values": self.arranged.values}
+
+    def unpack(self) -> torch.Tensor:
+        values, (rows, columns) = self.arranged.values, self.arranged.shape
+        stripes, pairs, _ = values.shape
+        matrix = values.view(stripes, pairs, STRIPE_ROWS, 2).transpose(1, 2).reshape(stripes * STRIPE_ROWS, pairs * 2)
+        return matrix[:rows, :columns].clone()
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return dense_matmul(x, self.arranged, bias)
+
+    # Never compiled: it is there for measurements.
+    traced_product = product
+    traced_unpack = unpack
+
+
+def cuts_gradients(form: Form, x: torch.Tensor, bias: torch.Tensor | None, message: str) -> torch.Tensor:
+    """The product of an input that wants a gradient: right, but asking for the gradient is refused."""
+    return _NoGradient.apply(x, form, bias, message)
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, form: Form, bias: torch.Tensor | None, message: str) -> torch.Tensor:
+        context.message = message
+        return form.product(x.detach(), bias)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> Any:
+        raise KernelError(context.message)
