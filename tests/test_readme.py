@@ -25,6 +25,7 @@ def test_the_readme_has_the_two_commands_and_snippets() -> None:
 @pytest.mark.slow
 def test_every_snippet_runs(hub: Hub, tmp_path: Path) -> None:
     environment = {**os.environ, **hub.settings(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment["HF_SPARSE_CACHE"] = str(tmp_path / "timings")
     for kind, code in BLOCKS:
         if any(command in code for command in SETS_UP):
             continue

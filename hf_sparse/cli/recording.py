@@ -1,5 +1,6 @@
 """Puts what was measured later into the report and the card of a saved model, and leaves its weights alone."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from huggingface_hub import constants
 
 from hf_sparse.errors import CheckpointError, ConfigError
 from hf_sparse.replace import write_whole
 from hf_sparse.report import FILE_NAME, Report
-
-_LOCK = ".hf_sparse_record.lock"  # hidden files are no part of a model, and are not published
 
 
 def check_recordable(name: str, dtype: str) -> Path:
@@ -56,6 +56,14 @@ def _saved_dtype(folder: Path) -> str | None:
     return str(found).removeprefix("torch.") if found is not None else None
 
 
+def _lock(folder: Path) -> FileLock:
+    """A lock for a folder, kept beside the Hub's cache: nothing is left in the folder itself."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    place = Path(constants.HF_HOME) / "hf_sparse" / "locks"
+    place.mkdir(parents=True, exist_ok=True)
+    return FileLock(place / f"{name}.lock")
+
+
 def record(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> bool:
     """Put figures (fields of model_cards.Evaluation) into the report of a folder, and renew its card.
 
@@ -67,7 +75,7 @@ def record(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> bool:
     from model_cards import card_class, write_card
     from model_cards.evaluation import measured_again
 
-    with FileLock(folder / _LOCK):  # two commands may measure at once, and both figures are to stay
+    with _lock(folder):  # two commands may measure at once, and both figures are to stay
         report = Report.load(folder)
         for values in evaluations:
             report.evaluations = measured_again(report.evaluations, values)
