@@ -3,7 +3,6 @@
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -23,10 +22,10 @@ from hf_sparse.replace import old_weights_aside, write_whole
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import PICTURE_FILE
 from hf_sparse.side_files import describe
+from hf_sparse.wraps import Wrap, Wraps
 
-_LOCK = threading.Lock()
 _FROM_AUTO = "_hf_sparse_config"  # how our two wrappers pass the config on
-_enabled = False
+_wraps = Wraps()
 
 
 class _Saving(NamedTuple):
@@ -82,7 +81,7 @@ def _refuse_quantized(path: Any, kwargs: dict[str, Any]) -> None:
 def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, sparsity_config: Any = None, **kwargs: Any) -> Any:
-        if not _enabled:
+        if not _wraps.enabled:
             given = {} if sparsity_config is None else {"sparsity_config": sparsity_config}
             return original(cls, *args, **kwargs, **given)
         wanted = kwargs.pop(_FROM_AUTO, sparsity_config)
@@ -112,11 +111,11 @@ def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
 def _wrap_auto(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if _enabled and kwargs.get("sparsity_config") is not None:
+        if _wraps.enabled and kwargs.get("sparsity_config") is not None:
             # Auto classes deep-copy their arguments; a SparsityConfig shares its calibration data, a dict would not. And they
             # offer each argument to the model's config first, which takes what has the name of one of its own keys.
             kwargs[_FROM_AUTO] = _checked(kwargs.pop("sparsity_config"), kwargs)
-        if not _enabled:
+        if not _wraps.enabled:
             return original(cls, *args, **kwargs)
         with damage_told(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs):
             return original(cls, *args, **kwargs)
@@ -133,7 +132,7 @@ def _wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             raise ConfigError(
                 f"sparse_format={sparse_format!r} is not available in this version; leave it out to save dense tensors with zeros."
             )
-        if not _enabled or not _saves_weights(self):
+        if not _wraps.enabled or not _saves_weights(self):
             return original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
@@ -171,7 +170,7 @@ def _wrap_upload(original: Callable[..., Any]) -> Callable[..., Any]:
         saving = _saving.get()
         if saving is not None:
             saving.aside.close()  # the folder is whole, whatever comes of the upload
-        model = publish.sparse_model(self) if _enabled else None
+        model = publish.sparse_model(self) if _wraps.enabled else None
         if model is None:
             return original(self, *args, **kwargs)
         given = dict(signature.bind(self, *args, **kwargs).arguments)
@@ -214,8 +213,6 @@ def _put_readme(folder: Path, text: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------- in and out
 
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-
 
 def _targets() -> list[tuple[type, str, Wrap]]:
     """The methods to wrap. Each Auto class has its own copy of the base's method; those made later copy our wrapper."""
@@ -230,23 +227,11 @@ def _targets() -> list[tuple[type, str, Wrap]]:
     ]
 
 
-# What was there before and what we put there, as long as our wrapper may still be in use.
-_installed: dict[tuple[type, str], tuple[Any, Any]] = {}
-
-
 def install() -> None:
     """Put the hooks into Transformers; installing twice changes nothing."""
-    global _enabled
-    with _LOCK:
-        for owner, name, wrap in _targets():
-            if (owner, name) not in _installed:
-                original = owner.__dict__[name]
-                is_classmethod = isinstance(original, classmethod)
-                wrapped = wrap(original.__func__ if is_classmethod else original)
-                ours = classmethod(wrapped) if is_classmethod else wrapped
-                _installed[owner, name] = (original, ours)
-                setattr(owner, name, ours)
-        _enabled = True
+    for owner, name, wrap in _targets():
+        _wraps.put(owner, name, wrap)
+    _wraps.enabled = True
     arrival.install()
     peft_hook.install()
     trainer_hook.install()
@@ -259,13 +244,7 @@ def uninstall() -> None:
 
     Where another library has wrapped them since, its wrapper stays in place, and ours inside it only passes calls on.
     """
-    global _enabled
-    with _LOCK:
-        for (owner, name), (original, ours) in list(_installed.items()):
-            if owner.__dict__[name] is ours:
-                setattr(owner, name, original)
-                del _installed[owner, name]
-        _enabled = False
+    _wraps.take_out()
     arrival.uninstall()
     peft_hook.uninstall()
     trainer_hook.uninstall()

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 
 from hf_sparse.errors import HubError
 from hf_sparse.remote import Repository, hub_hash, read_card
-from hf_sparse.remote.hub import told
+from hf_sparse.remote.hub import HTTP_ERROR, told
 
 README = "README.md"
 _ATTEMPTS = 3  # a commit is tried again where another one came between reading the card and writing it
@@ -22,8 +22,6 @@ _MOVED = (409, 412)
 MODEL_PATTERNS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json")
 # Where these lie in a repository, Transformers loads the base that they name, and them: not the model beside them.
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.*")
-# What the client raises where no answer comes: the base of its own errors is that of the HTTP library it was built with.
-HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _log = logging.getLogger(__name__)
 
 

@@ -23,7 +23,7 @@ _LARGEST_FILE = 256 * 2**20
 # Orders of channels are most of it: 3 million numbers for 70 billion dense weights, ten times as many for hundreds of experts.
 _MOST = {"depth": 24, "items": 2**25, "text": 2**20}
 # In these, two figures are of the same measurement.
-_SAME = ("metric", "window", "stride", "text", "fingerprint", "tokens", "task", "filter", "few_shot", "limit")
+SAME = ("metric", "window", "stride", "text", "fingerprint", "tokens", "task", "filter", "few_shot", "limit")
 _CALIBRATION = ("source", "samples", "tokens", "batch_size", "fingerprint")
 
 
@@ -144,7 +144,7 @@ class Report:
     def add_evaluation(self, values: Mapping[str, Any]) -> None:
         """Tell of a figure (fields of model_cards.Evaluation); it completes the one set aside that was measured in the same way."""
         for earlier in self.evaluations:
-            if earlier.get("sparse") is None and all(earlier.get(name) == values.get(name) for name in _SAME):
+            if earlier.get("sparse") is None and all(earlier.get(name) == values.get(name) for name in SAME):
                 earlier.update({name: value for name, value in values.items() if value is not None})
                 return
         self.evaluations.append(dict(values))

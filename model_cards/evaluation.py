@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from huggingface_hub import EvalResult
 
 from hf_sparse.errors import CheckpointError
+from hf_sparse.report import SAME
 from hf_sparse.text import one_line, shown
 from model_cards.escape import code, plain
 
@@ -19,7 +20,6 @@ TOOL = "hf_sparse"
 
 # Two figures are of one measurement if these are equal; the second group counts where both say something, as reports of
 # earlier versions do not tell it.
-_SAME = ("metric", "window", "stride", "text", "fingerprint", "tokens", "task", "filter", "few_shot", "limit")
 _SAME_IF_KNOWN = ("dtype", "seed", "task_version")
 _NO_NAME = re.compile(r"[^\w.-]+", re.ASCII)
 _ERRORS = {"sparse": "standard_error", "dense": "dense_standard_error"}
@@ -78,7 +78,7 @@ class Evaluation:
 def is_same(one: Evaluation, other: Evaluation) -> bool:
     """Whether two figures are of one measurement, so that the later takes the place of the earlier."""
     told = [(getattr(one, name), getattr(other, name)) for name in _SAME_IF_KNOWN]
-    return all(getattr(one, name) == getattr(other, name) for name in _SAME) and all(
+    return all(getattr(one, name) == getattr(other, name) for name in SAME) and all(
         first == second for first, second in told if first not in (None, "") and second not in (None, "")
     )
 

@@ -32,7 +32,7 @@ from hf_sparse.remote.files import File
 from hf_sparse.text import one_line
 
 # What the client raises where no answer comes: the base of its own errors is that of the HTTP library it was built with.
-_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _MOST_FILES = 20_000
 _RETRIES = 3  # of one request, with 1, 2 and 4 seconds between them
 _CUT = 3  # times that a piece is asked for again when the connection is cut in the middle
@@ -152,7 +152,7 @@ def _at_most(response: Any, size: int) -> bytes:
             content += piece
             if len(content) >= size:
                 break
-    except _HTTPError:
+    except HTTP_ERROR:
         return bytes(content)  # too short, which the caller sees; inside, the client would take it for a failed request
     return bytes(content[:size])
 
@@ -176,7 +176,7 @@ def told(name: str, revision: str | None, file: str | None = None, doing: str = 
         raise HubError(
             f"{what} cannot be {doing}: no answer from the Hub, and the cache does not hold it; try again."
         ) from error
-    except _HTTPError as error:
+    except HTTP_ERROR as error:
         raise HubError(
             f"{what} cannot be {doing}: no answer from the Hub ({type(error).__name__}); check the connection and try again."
         ) from error
