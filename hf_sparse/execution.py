@@ -1,7 +1,8 @@
 """Lets a model in memory run on sparse kernels where they are faster, and back."""
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import nn
 from hf_sparse import checkpoint, native
 from hf_sparse.errors import ConfigError, ModelError, unknown
 from hf_sparse.families import find_sites
-from hf_sparse.runtime import PackedForm, hold_, release_, semi_structured, sparse_modules, why_not_module
+from hf_sparse.runtime import Form, hold_, release_, semi_structured, sparse_modules, why_not_module
 from hf_sparse.runtime.choices import GAIN, Choices
 from hf_sparse.runtime.modules import CLASSES, SparseModule, moved_dtype
+from hf_sparse.runtime.sources import InCheckpoint, InMemory, Source, dense_bytes, matrix_shape
 from hf_sparse.runtime.table import KernelRow, KernelTable
-from hf_sparse.sites import Site, count_zeros
+from hf_sparse.sites import Site
 
 CHOICES = ("measured", "always", "never")
 TOKENS = (1, 16, 512)
@@ -34,20 +36,56 @@ def use_sparse_kernels_(
 
     Raises: ConfigError for an unknown choice or impossible numbers of tokens; ModelError for quantized models, or sharded ones.
     """
-    if choose not in CHOICES:
-        raise ConfigError(unknown("choose", choose, CHOICES))
-    counts = _counts(tokens)
+    wanted = _wanted(choose, tokens, round_weights)
     model = checkpoint.unwrap(model)
     _check(model)
     choices, rows = Choices(), []
     inventory = find_sites(model)
     try:
         for path, sites in _matrices(inventory.all()).items():
-            rows.append(_decide(model, path, sites, choose, counts, round_weights, choices))
+            row, form = _decide(model, path, sites, None, wanted, choices)
+            rows.append(row)
+            if form is not None:
+                hold_(model.get_submodule(path[0]), form)
     finally:
         choices.save()
         _guard(model)
     return KernelTable(tuple(rows), inventory.left_out)
+
+
+def check_kernel_options(
+    choose: str = "measured", tokens: Sequence[int] = TOKENS, round_weights: bool = False, **strange: Any
+) -> None:
+    """Refuse, before a model is loaded, what `use_sparse_kernels_` would refuse afterwards; raises ConfigError."""
+    if strange:
+        raise ConfigError(unknown("argument", next(iter(strange)), ("choose", "tokens", "round_weights")))
+    _wanted(choose, tokens, round_weights)
+
+
+def sparse_forms(
+    model: nn.Module,
+    stored: Mapping[str, Any],
+    *,
+    choose: str = "measured",
+    tokens: Sequence[int] = TOKENS,
+    round_weights: bool = False,
+) -> dict[str, Form]:
+    """The forms of those parameters that a compressed checkpoint holds and that are to run sparse; the model has no weights yet.
+
+    `stored` are the `StoredTensor`s under the names that they have in the model; the rest is as with `use_sparse_kernels_`.
+    """
+    wanted, choices = _wanted(choose, tokens, round_weights), Choices()
+    forms: dict[str, Form] = {}
+    try:
+        for path, sites in _matrices(find_sites(model).all()).items():
+            name, module = ".".join(path), model.get_submodule(path[0])
+            if name in stored:
+                source = InCheckpoint(stored[name], getattr(module, path[1]).dtype, _is_transposed(module))
+                _, form = _decide(model, path, sites, source, wanted, choices)
+                forms |= {} if form is None else {name: form}
+    finally:
+        choices.save()
+    return forms
 
 
 def use_dense_kernels_(model: nn.Module) -> nn.Module:
@@ -62,13 +100,24 @@ def use_dense_kernels_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _counts(tokens: Sequence[int]) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class _Wanted:
+    """The arguments of `use_sparse_kernels_`, checked."""
+
+    choose: str
+    tokens: tuple[int, ...]
+    round_weights: bool
+
+
+def _wanted(choose: str, tokens: Sequence[int], round_weights: bool) -> _Wanted:
+    if choose not in CHOICES:
+        raise ConfigError(unknown("choose", choose, CHOICES))
     counts = tuple(tokens)
     if not counts or not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts):
         raise ConfigError(
             f"tokens must be one or more numbers of at least 1, such as (1, 16, 512); given is {tokens!r}."
         )
-    return counts
+    return _Wanted(choose, counts, round_weights)
 
 
 def _check(model: nn.Module) -> None:
@@ -91,15 +140,9 @@ def _matrices(sites: Sequence[Site]) -> dict[tuple[str, str], list[Site]]:
 
 
 def _decide(
-    model: nn.Module,
-    path: tuple[str, str],
-    sites: list[Site],
-    choose: str,
-    tokens: tuple[int, ...],
-    rounds: bool,
-    choices: Choices,
-) -> KernelRow:
-    """Decides about one matrix, and packs it where that is the decision."""
+    model: nn.Module, path: tuple[str, str], sites: list[Site], stored: Source | None, wanted: _Wanted, choices: Choices
+) -> tuple[KernelRow, Form | None]:
+    """What is decided about one matrix, and the form that it gets; None of it leaves the matrix as it is."""
     module = model.get_submodule(path[0])
     names = tuple(site.name for site in sites)
     if isinstance(module, SparseModule):
@@ -107,39 +150,55 @@ def _decide(
         return KernelRow(
             module=path[0], sites=names, shape=module._form.shape, sparsity=None, form=module._form.name, reason="as before",
             dense_bytes=nbytes, bytes=module._form.nbytes,
-        )  # fmt: skip
-    weight = getattr(module, path[1]).detach()
-    zeros = None if weight.device.type == "meta" else count_zeros(weight) / max(1, weight.numel())
-    row: dict[str, Any] = {
-        "module": path[0], "sites": names, "shape": tuple(_matrix(module, weight).shape), "sparsity": zeros, "dense_bytes": weight.nbytes,
-    }  # fmt: skip
-    reason = _why_dense(model, module, weight, zeros, choose, rounds)
+        ), None  # fmt: skip
+    source: Source = stored or InMemory(getattr(module, path[1]).detach(), _is_transposed(module))
+    size = dense_bytes(source)
+    row = KernelRow(
+        module=path[0], sites=names, shape=matrix_shape(source), sparsity=source.zeros, form="dense", reason="",
+        dense_bytes=size, bytes=size,
+    )  # fmt: skip
+    reason = _why_dense(model, module, source, wanted)
     if reason:
-        return KernelRow(**row, form="dense", reason=reason, bytes=weight.nbytes)
-    if weight.device.type == "cuda":
-        return _on_gpu(module, weight, row, choose, tokens)
-    return _on_cpu(module, weight, row, choose, tokens, choices)
+        return replace(row, reason=reason), None
+    form: Form | None = semi_structured.form_of(source.matrix()) if source.device.type == "cuda" else None
+    if wanted.choose == "measured":
+        speedups = _speedups(source, form, wanted.tokens, choices)
+        row = replace(row, reason=_measured(speedups), speedups=speedups)
+        if max(speedups.values()) < GAIN:
+            return row, None
+    else:
+        row = replace(row, reason="choose is 'always'")
+    form = form or source.packed()
+    return replace(row, form=form.name, bytes=form.nbytes), form
 
 
-def _why_dense(
-    model: nn.Module, module: nn.Module, weight: torch.Tensor, zeros: float | None, choose: str, rounds: bool
-) -> str:
-    if weight.ndim != 2:
+def _is_transposed(module: nn.Module) -> bool:
+    return type(module) in CLASSES and CLASSES[type(module)].transposed
+
+
+def _speedups(source: Source, form: Form | None, tokens: tuple[int, ...], choices: Choices) -> dict[int, float]:
+    if isinstance(form, semi_structured.SemiStructuredForm):
+        return semi_structured.speedups(source.matrix(), form, tokens)
+    return choices.speedups(source, tokens)
+
+
+def _why_dense(model: nn.Module, module: nn.Module, source: Source, wanted: _Wanted) -> str:
+    if len(source.shape) != 2:
         return "it holds all experts of a block, which the kernels do not take in this version"
-    if zeros is None:
+    if source.zeros is None:
         return "its weights are offloaded; load the model into memory"
     reason = why_not_module(module) or _why_shared(model, module)
     if reason:
         return reason
-    if zeros == 0:
+    if source.zeros == 0:
         return "it holds no zeros"
-    if choose == "never":
+    if wanted.choose == "never":
         return "choose is 'never'"
-    if weight.device.type == "cuda":
-        return semi_structured.why_not(_matrix(module, weight))
-    if choose == "measured" and not native.available():
+    if source.device.type == "cuda":
+        return semi_structured.why_not(source.matrix())
+    if wanted.choose == "measured" and not native.available():
         return native.why_not()  # torch's own way is slower for certain, so nothing needs measuring
-    return _why_not_on_cpu(weight, rounds)
+    return _why_not_on_cpu(source, wanted.round_weights)
 
 
 def _why_shared(model: nn.Module, module: nn.Module) -> str:
@@ -153,51 +212,20 @@ def _why_shared(model: nn.Module, module: nn.Module) -> str:
     return f"it is the same tensor as the weight of {name}" if name is not None else ""
 
 
-def _matrix(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """A stored weight as (out, in)."""
-    return weight.T if type(module) in CLASSES and CLASSES[type(module)].transposed else weight
-
-
-def _why_not_on_cpu(weight: torch.Tensor, rounds: bool) -> str:
-    if weight.device.type != "cpu":
-        return f"there are no sparse kernels for {weight.device.type}"
-    if weight.dtype == torch.bfloat16:
+def _why_not_on_cpu(source: Source, rounds: bool) -> str:
+    if source.device.type != "cpu":
+        return f"there are no sparse kernels for {source.device.type}"
+    if source.dtype == torch.bfloat16:
         return ""
-    if weight.dtype != torch.float32:
-        name = str(weight.dtype).removeprefix("torch.")
+    if source.dtype != torch.float32:
+        name = str(source.dtype).removeprefix("torch.")
         return f"its weights are {name}, the kernels multiply bfloat16; load the model with dtype=torch.bfloat16"
-    if rounds or torch.equal(weight.bfloat16().float(), weight):
+    if rounds or source.is_bfloat16():
         return ""
     return (
         "its weights are float32 and packing would round them to bfloat16; load the model with dtype=torch.bfloat16, or allow "
         "it with round_weights=True"
     )
-
-
-def _on_cpu(
-    module: nn.Module, weight: torch.Tensor, row: dict[str, Any], choose: str, tokens: tuple[int, ...], choices: Choices
-) -> KernelRow:
-    matrix = _matrix(module, weight)
-    speedups = {} if choose == "always" else choices.speedups(matrix, row["sparsity"], tokens)
-    if choose == "measured" and max(speedups.values()) < GAIN:
-        return KernelRow(**row, form="dense", reason=_measured(speedups), bytes=weight.nbytes, speedups=speedups)
-    form = PackedForm(native.pack(matrix.bfloat16()))
-    hold_(module, form)
-    reason = _measured(speedups) if speedups else "choose is 'always'"
-    return KernelRow(**row, form=form.name, reason=reason, bytes=form.nbytes, speedups=speedups)
-
-
-def _on_gpu(
-    module: nn.Module, weight: torch.Tensor, row: dict[str, Any], choose: str, tokens: tuple[int, ...]
-) -> KernelRow:
-    matrix = _matrix(module, weight)
-    form = semi_structured.form_of(matrix)
-    speedups = {} if choose == "always" else semi_structured.speedups(matrix, form, tokens)
-    if choose == "measured" and max(speedups.values()) < GAIN:
-        return KernelRow(**row, form="dense", reason=_measured(speedups), bytes=weight.nbytes, speedups=speedups)
-    hold_(module, form)
-    reason = _measured(speedups) if speedups else "choose is 'always'"
-    return KernelRow(**row, form=form.name, reason=reason, bytes=form.nbytes, speedups=speedups)
 
 
 def _measured(speedups: dict[int, float]) -> str:

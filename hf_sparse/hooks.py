@@ -1,41 +1,31 @@
 """The plugin: `from_pretrained(..., sparsity_config=...)` prunes, and sparse models save what they know about themselves."""
 
 import functools
-import inspect
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
-from contextvars import ContextVar
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.utils import PushToHubMixin
+from transformers.utils import PushToHubMixin, logging
 
-from hf_sparse import arrival, checkpoint, peft_hook, publish, trainer_hook
+from hf_sparse import arrival, checkpoint, peft_hook, quantizer, trainer_hook
 from hf_sparse.arrival import damage_told, find, hub_arguments
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import ConfigError
+from hf_sparse.execution import check_kernel_options, use_sparse_kernels_
 from hf_sparse.prune import prune_
-from hf_sparse.replace import old_weights_aside, write_whole
 from hf_sparse.report import FILE_NAME as REPORT_FILE
-from hf_sparse.report import PICTURE_FILE
-from hf_sparse.side_files import describe
-from hf_sparse.wraps import Wrap, Wraps
+from hf_sparse.save_hook import wrap_push, wrap_save_pretrained, wrap_upload
+from hf_sparse.save_hook import wraps as _wraps
+from hf_sparse.storage import is_compressed
+from hf_sparse.text import shown
+from hf_sparse.wraps import Wrap
 
 _FROM_AUTO = "_hf_sparse_config"  # how our two wrappers pass the config on
-_wraps = Wraps()
+_log = logging.get_logger(__name__)
 
 
-class _Saving(NamedTuple):
-    """A `save_pretrained(push_to_hub=True)` that is under way."""
-
-    readme: str  # that of the folder, as it was before
-    aside: ExitStack  # closing it ends the local save: what an older save has left is let go
-
-
-_saving: ContextVar[_Saving | None] = ContextVar("hf_sparse_saving", default=None)
 # Arguments of from_pretrained that the tokenizer beside the model needs as well.
 _SHARED = (
     "revision",
@@ -60,6 +50,19 @@ def _checked(value: Any, kwargs: dict[str, Any]) -> SparsityConfig:
     return config
 
 
+def _kernel_options(given: Any) -> dict[str, Any] | None:
+    """The arguments of `use_sparse_kernels_` that `use_sparse_kernels=` stands for: True, False or a mapping of them."""
+    if given is None or isinstance(given, bool):
+        return {} if given else None
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"use_sparse_kernels is {shown(given)}; give True, False, or the arguments of use_sparse_kernels_, such as "
+            '{"choose": "always"}.'
+        )
+    check_kernel_options(**given)
+    return dict(given)
+
+
 def _refuse_quantized(path: Any, kwargs: dict[str, Any]) -> None:
     """A quantized checkpoint may need libraries to load at all; that it cannot be pruned is said before that."""
     config = kwargs.get("config")
@@ -71,7 +74,7 @@ def _refuse_quantized(path: Any, kwargs: dict[str, Any]) -> None:
         )
     except (OSError, ValueError, TypeError):
         return  # the original says what is wrong with the path
-    if values.get("quantization_config"):
+    if values.get("quantization_config") and not is_compressed(values):
         raise ConfigError(
             f"{str(path)!r} is quantized, and quantized weights cannot be pruned: prune the model that it was made from, save, "
             "then quantize."
@@ -80,16 +83,21 @@ def _refuse_quantized(path: Any, kwargs: dict[str, Any]) -> None:
 
 def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def from_pretrained(cls: type, *args: Any, sparsity_config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type, *args: Any, sparsity_config: Any = None, use_sparse_kernels: Any = False, **kwargs: Any
+    ) -> Any:
         if not _wraps.enabled:
             given = {} if sparsity_config is None else {"sparsity_config": sparsity_config}
+            given |= {"use_sparse_kernels": use_sparse_kernels} if use_sparse_kernels else {}
             return original(cls, *args, **kwargs, **given)
+        kernels = _kernel_options(use_sparse_kernels)
         wanted = kwargs.pop(_FROM_AUTO, sparsity_config)
         config = None if wanted is None else _checked(wanted, kwargs)
         if config is not None:
             _refuse_quantized(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
         path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        with damage_told(path, kwargs):
+        # What is going to be pruned has to be dense first.
+        with damage_told(path, kwargs), quantizer.loading_for_kernels(kernels if config is None else None):
             result = original(cls, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         if path is not None and getattr(getattr(model, "config", None), checkpoint.CONFIG_KEY, None) is not None:
@@ -103,6 +111,8 @@ def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
                 config,
                 tokenizer_options={name: kwargs[name] for name in _SHARED if kwargs.get(name) is not None},
             )
+        if kernels is not None:
+            _log.info("sparse kernels: %s", use_sparse_kernels_(model, **kernels))
         return result
 
     return from_pretrained
@@ -123,94 +133,6 @@ def _wrap_auto(original: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
-def _wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def save_pretrained(self: Any, *args: Any, sparse_format: str | None = None, **kwargs: Any) -> Any:
-        if sparse_format not in (None, "dense"):
-            raise ConfigError(
-                f"sparse_format={sparse_format!r} is not available in this version; leave it out to save dense tensors with zeros."
-            )
-        if not _wraps.enabled or not _saves_weights(self):
-            return original(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        folder = Path(given.arguments["save_directory"])
-        if not given.arguments["is_main_process"] or folder.is_file():
-            return original(self, *args, **kwargs)
-        setattr(self.config, checkpoint.CONFIG_KEY, checkpoint.recounted(self, given.arguments["state_dict"]))
-        folder.mkdir(parents=True, exist_ok=True)
-        pushes = given.arguments["push_to_hub"]
-        with ExitStack() as aside:
-            token = _saving.set(_Saving(_read_readme(folder), aside) if pushes else None)
-            aside.callback(_saving.reset, token)
-            # The new config.json is written first; beside old weights it would make a model that lies if the save broke off.
-            aside.enter_context(old_weights_aside(folder, given.arguments["variant"], (REPORT_FILE, PICTURE_FILE)))
-            result = original(self, *args, **kwargs)
-        if not pushes:
-            describe(self, folder)
-        return result
-
-    return save_pretrained
-
-
-def _saves_weights(model: Any) -> bool:
-    """Whether a save writes the sparse model itself, not only an adapter on it."""
-    claims = getattr(model.config, checkpoint.CONFIG_KEY, None) is not None
-    return claims and not getattr(model, "_hf_peft_config_loaded", False)
-
-
-def _wrap_upload(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The last step of every `push_to_hub` in Transformers and PEFT, which uploads what has just been saved."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def _upload_modified_files(self: Any, *args: Any, **kwargs: Any) -> Any:
-        saving = _saving.get()
-        if saving is not None:
-            saving.aside.close()  # the folder is whole, whatever comes of the upload
-        model = publish.sparse_model(self) if _wraps.enabled else None
-        if model is None:
-            return original(self, *args, **kwargs)
-        given = dict(signature.bind(self, *args, **kwargs).arguments)
-        folder, before = Path(given["working_dir"]), given["files_timestamps"]
-        if saving is not None:
-            # Transformers has put the repository's README in the place of the user's.
-            _put_readme(folder, saving.readme)
-            describe(model, folder)
-        kind = type(self).__name__
-        return publish.push(
-            self, folder, _modified(folder, before), given["repo_id"], local=saving.readme if saving else None,
-            message=given.get("commit_message") or ("Upload model" if "Model" in kind else f"Upload {kind}"),
-            description=given.get("commit_description"), token=given.get("token"), revision=given.get("revision"),
-            create_pr=bool(given.get("create_pr")),
-        )  # fmt: skip
-
-    return _upload_modified_files
-
-
-def _modified(folder: Path, before: dict[str, float]) -> list[str]:
-    """The files of a folder, and of its folders, that are new or newer than they were."""
-    changed = [path for path in folder.iterdir() if path.name not in before or path.stat().st_mtime > before[path.name]]
-    found = [inner for path in changed for inner in ([path] if path.is_file() else path.iterdir())]
-    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
-
-
-def _read_readme(folder: Path) -> str:
-    try:
-        return (folder / "README.md").read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _put_readme(folder: Path, text: str) -> None:
-    if text:
-        write_whole(folder / "README.md", text.encode("utf-8"))
-    else:
-        (folder / "README.md").unlink(missing_ok=True)
-
-
 # ---------------------------------------------------------------------------------------------------- in and out
 
 
@@ -221,8 +143,9 @@ def _targets() -> list[tuple[type, str, Wrap]]:
         autos += auto.__subclasses__()
     return [
         (PreTrainedModel, "from_pretrained", _wrap_from_pretrained),
-        (PreTrainedModel, "save_pretrained", _wrap_save_pretrained),
-        (PushToHubMixin, "_upload_modified_files", _wrap_upload),
+        (PreTrainedModel, "save_pretrained", wrap_save_pretrained),
+        (PreTrainedModel, "push_to_hub", wrap_push),
+        (PushToHubMixin, "_upload_modified_files", wrap_upload),
         *((auto, "from_pretrained", _wrap_auto) for auto in autos if "from_pretrained" in auto.__dict__),
     ]
 
@@ -233,6 +156,7 @@ def install() -> None:
         _wraps.put(owner, name, wrap)
     _wraps.enabled = True
     arrival.install()
+    quantizer.install()
     peft_hook.install()
     trainer_hook.install()
     if (callbacks := _callbacks()) is not None:
@@ -246,6 +170,7 @@ def uninstall() -> None:
     """
     _wraps.take_out()
     arrival.uninstall()
+    quantizer.uninstall()
     peft_hook.uninstall()
     trainer_hook.uninstall()
     if (callbacks := _callbacks()) is not None:

@@ -14,12 +14,15 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from hf_sparse.errors import HubError
 from hf_sparse.remote import Repository, hub_hash, read_card
 from hf_sparse.remote.hub import HTTP_ERROR, told
+from hf_sparse.storage.names import COMPRESSED_PATTERNS
 
 README = "README.md"
 _ATTEMPTS = 3  # a commit is tried again where another one came between reading the card and writing it
 _MOVED = (409, 412)
 # Weights under the names of another sharding: left beside new ones they would be loaded in their place.
-MODEL_PATTERNS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json")
+MODEL_PATTERNS = (
+    "model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json", *COMPRESSED_PATTERNS,
+)  # fmt: skip
 # Where these lie in a repository, Transformers loads the base that they name, and them: not the model beside them.
 ADAPTER_PATTERNS = ("adapter_config.json", "adapter_model.*")
 _log = logging.getLogger(__name__)

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 
+from hf_sparse.storage.names import INDEX, INDEX_AS_SAVED, is_compressed_weights
+
 _ASIDE = ".hf_sparse_old-"
 
 
 def _written(name: str, variant: str | None) -> bool:
-    """Whether a file is one that saving weights of this variant writes: whole, in shards, or their index."""
+    """Whether a file is one that saving weights of this variant writes, whole, in shards or their index, dense or compressed."""
+    if not variant and is_compressed_weights(name):
+        return True
     dot = f".{re.escape(variant)}" if variant else ""
     weights = "(pytorch_)?model"
     shapes = (
@@ -21,6 +25,12 @@ def _written(name: str, variant: str | None) -> bool:
         rf"{weights}\.(safetensors|bin)\.index{dot}\.json",
     )
     return name == "config.json" or any(re.fullmatch(shape, name) for shape in shapes)
+
+
+def name_index(folder: Path) -> None:
+    """Give the index of compressed shards the name that it is loaded by."""
+    if (folder / INDEX_AS_SAVED).is_file():
+        os.replace(folder / INDEX_AS_SAVED, folder / INDEX)
 
 
 def write_whole(path: Path, content: bytes) -> None:

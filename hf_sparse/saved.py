@@ -12,9 +12,11 @@ from hf_sparse.hashes import hashes_of, model_files
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import Report
 from hf_sparse.schema import read_json
+from hf_sparse.storage import is_compressed
+from hf_sparse.storage.names import INDEX, WEIGHTS
 
 _LARGEST_JSON = 64 * 2**20
-_INDEX = "model.safetensors.index.json"
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a training leaves in its folder, and files that run code when they are loaded.
 _LEFT_OUT = re.compile(
     r"(checkpoint-\d+|runs|logs|__pycache__)/.*|.*\.(bin|pt|pth|pkl|pickle|ckpt|h5|msgpack|tmp|partial|pyc)"
@@ -74,18 +76,19 @@ def read_report(folder: Path) -> Report:
 
 
 def _check_whole(folder: Path) -> None:
-    index = folder / _INDEX
+    compressed = is_compressed(read_json(folder / "config.json", _LARGEST_JSON, "config.json"))
+    whole, index = (WEIGHTS, folder / INDEX) if compressed else (_WHOLE, folder / _INDEX)
     if index.is_file():
-        values = read_json(index, _LARGEST_JSON, _INDEX)
+        values = read_json(index, _LARGEST_JSON, index.name)
         shards = values.get("weight_map") if isinstance(values, dict) else None
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise CheckpointError(f"{str(index)!r} is no index of shards; load the model and save it again.")
         missing = sorted(name for name in set(shards.values()) if not (folder / Path(name).name).is_file())
         if missing:
             raise CheckpointError(f"{str(folder)!r} is not whole: {', '.join(missing[:3])} is missing; save it again.")
-    elif not (folder / "model.safetensors").is_file():
+    elif not (folder / whole).is_file():
         raise CheckpointError(
-            f"{str(folder)!r} holds no model.safetensors; save the model with hf_sparse, which writes safetensors only."
+            f"{str(folder)!r} holds no {whole}; save the model with hf_sparse, which writes safetensors only."
         )
 
 

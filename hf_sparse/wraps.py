@@ -21,8 +21,8 @@ class Wraps:
             original = getattr(owner, "__dict__", {}).get(name)
             if original is None or (owner, name) in self._installed:
                 return
-            inner = original.__func__ if isinstance(original, classmethod) else original
-            ours = classmethod(wrap(inner)) if isinstance(original, classmethod) else wrap(inner)
+            kind = next((kind for kind in (classmethod, staticmethod) if isinstance(original, kind)), None)
+            ours = wrap(original) if kind is None else kind(wrap(original.__func__))
             self._installed[owner, name] = (original, ours)
             setattr(owner, name, ours)
 

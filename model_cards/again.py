@@ -123,7 +123,8 @@ def _value(value: Any) -> str:
     return YOUR_DATA if value == YOUR_DATA else python_literal(value)
 
 
-def load_snippet(report: Report) -> str:
-    """The Python that loads the pruned model, with Transformers alone."""
+def load_snippet(report: Report, compressed: bool = False) -> str:
+    """The Python that loads the pruned model, with Transformers alone or, where its weights are compressed, with hf_sparse."""
     name = auto_class(report.model_class)
-    return f'from transformers import {name}\n\nmodel = {name}.from_pretrained("PATH_OR_REPOSITORY")'
+    needs = "import hf_sparse\n" if compressed else ""
+    return f'{needs}from transformers import {name}\n\nmodel = {name}.from_pretrained("PATH_OR_REPOSITORY")'

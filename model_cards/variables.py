@@ -22,6 +22,7 @@
 | `block_rows`, `fold` | rows of a Markdown table; whether it is long enough to be folded |
 | `picture` | address of the picture, or None |
 | `remarks`, `left_out` | lines: fall-backs and notes; matrices that were not pruned |
+| `compressed` | whether the weights are saved in the format that needs hf_sparse |
 | `load` | a block: how to load the model |
 | `files`, `fold_files` | rows of a Markdown table of names and SHA-256; whether it is long enough to be folded |
 | `tensor_core_sites`, `input_sites`, `output_sites` | numbers of sites: fit for 2:4 tensor cores, with groups along that axis |
@@ -37,6 +38,7 @@ from typing import Any
 from urllib.parse import quote
 
 from hf_sparse.report import Report
+from hf_sparse.storage import is_compressed_weights
 from hf_sparse.text import one_line
 from model_cards import again, evaluation, facts, files, recovery
 from model_cards.escape import code, fenced, json_text, plain
@@ -59,6 +61,7 @@ def variables_of(source: CardSource) -> dict[str, Any]:
         "typed": fenced(source.command, "bash") if source.command else None,
         "recounted": facts.recounted(report, source.model_config),
         "files": files.rows(report.files),
+        "compressed": any(map(is_compressed_weights, report.files)),
         "fold_files": len(report.files) >= facts.FOLD_FROM,
         **_pruning(source),
         **_figures(report),
@@ -119,7 +122,7 @@ def _doing_it_again(source: CardSource) -> dict[str, Any]:
         "config": fenced(json_text(dict(report.config)), "json"),
         "command": fenced(again.prune_command(report, base), "bash"),
         "snippet": fenced(again.prune_snippet(report, base), "python"),
-        "load": fenced(again.load_snippet(report), "python"),
+        "load": fenced(again.load_snippet(report, any(map(is_compressed_weights, report.files))), "python"),
         "data_placeholder": again.YOUR_DATA if not_recorded else None,
     }
 

@@ -19,7 +19,7 @@ _LONGEST_ERROR = 2000
 
 
 def _parser() -> argparse.ArgumentParser:
-    from hf_sparse.cli import bench, compare, demo, evaluate, inspect, methods, prune, push, recover, verify
+    from hf_sparse.cli import bench, compare, convert, demo, evaluate, inspect, methods, prune, push, recover, verify
 
     parser = argparse.ArgumentParser(
         prog="hf-sparse",
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare": compare,
         "evaluate": evaluate,
         "bench": bench,
+        "convert": convert,
         "inspect": inspect,
         "push": push,
         "verify": verify,

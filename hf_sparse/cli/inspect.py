@@ -5,14 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from hf_sparse.claim import Claim
-from hf_sparse.errors import CheckpointError
 from hf_sparse.remote import Folder, Repository, Tensor, open_place, read_claim, read_report, tensors, weight_files
 from hf_sparse.report import Report
 from hf_sparse.report_text import percent
 from hf_sparse.sites import count_zeros
+from hf_sparse.storage import StoredTensor, open_tensors
 from hf_sparse.text import one_line
 
 
@@ -30,20 +28,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 def count_folder(folder: Path) -> dict[str, dict[str, Any]]:
     """Zeros of every tensor of two dimensions and more in the folder's safetensors files, one tensor in memory at a time."""
     found: dict[str, dict[str, Any]] = {}
-    for name in weight_files(Folder(str(folder), folder)):
-        try:
-            with safe_open(folder / name, framework="pt") as stored:
-                for key in stored.keys():  # noqa: SIM118  (no mapping, only the method exists)
-                    tensor = stored.get_tensor(key)
-                    if tensor.ndim >= 2:
-                        zeros = count_zeros(tensor)
-                        found[key] = {
-                            "shape": list(tensor.shape),
-                            "zeros": zeros,
-                            "sparsity": zeros / max(1, tensor.numel()),
-                        }
-        except SafetensorError as error:
-            raise CheckpointError(f"{name} cannot be read ({error}); was the save interrupted?") from error
+    with open_tensors([folder / name for name in weight_files(Folder(str(folder), folder))]) as stored:
+        for key, slice in stored.items():
+            if len(slice.get_shape()) >= 2:
+                tensor = slice[...]
+                zeros = count_zeros(tensor)
+                found[key] = {
+                    "shape": list(tensor.shape), "zeros": zeros, "sparsity": zeros / max(1, tensor.numel()),
+                    "compressed": isinstance(slice, StoredTensor),
+                }  # fmt: skip
     return found
 
 

@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "pack.h"
+#include "stored.h"
 
 namespace nb = nanobind;
 using namespace hf_sparse;
@@ -124,5 +125,8 @@ NB_MODULE(_kernels, module) {
   module.def("arrange_matrix", &arrange_matrix, Unlocked());
   module.def("check", &check, Unlocked());
   module.def("product", &product, Unlocked());
+  module.def("spread_bits", [](Address values, Address bits, int64_t size, int width, Address row, int64_t value_count) {
+    spread_bits(at<void>(values), value_count, at<uint8_t>(bits), size, width, at<void>(row));
+  }, Unlocked());
   module.def("advise_large_pages", [](Address memory, int64_t bytes) { advise_large_pages(at<void>(memory), bytes); });
 }

@@ -11,6 +11,7 @@ from hf_sparse import embedded
 from hf_sparse.checkpoint import CONFIG_KEY
 from hf_sparse.claim import Claim
 from hf_sparse.errors import CheckpointError
+from hf_sparse.remote import compressed
 from hf_sparse.remote.files import File
 from hf_sparse.remote.headers import LENGTH_BYTES, Tensor, header_length, parse_header
 from hf_sparse.remote.hub import Repository, forget, hub_hash
@@ -166,9 +167,10 @@ def weight_files(place: Place) -> list[str]:
 
 
 def tensors(place: Place) -> dict[str, Tensor]:
-    """Every tensor by name, as the headers of the safetensors files tell.
+    """Every tensor by name, as the headers of the safetensors files tell; a compressed one stands under its plain name.
 
-    Raises: CheckpointError for a header that is none or cannot be true, and for a tensor that two files hold.
+    Raises: CheckpointError for a header that is none or cannot be true, a tensor that two files hold, and parts of a compressed
+        one that do not belong together.
     """
     found: dict[str, Tensor] = {}
     left = _MOST_HEADERS
@@ -185,4 +187,4 @@ def tensors(place: Place) -> dict[str, Tensor]:
             if tensor in found:
                 raise CheckpointError(f"{one_line(tensor, 120)!r} is in {found[tensor].file} and in {told.file}.")
             found[tensor] = told
-    return found
+    return compressed.joined(place, found)

@@ -28,6 +28,8 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it: "F32", "BF16", ...
     file: str
+    offset: int = 0  # of its values in the file
+    kept: int | None = None  # how many of its values are stored, where it is compressed
 
     @property
     def size(self) -> int:
@@ -57,7 +59,7 @@ def parse_header(header: bytes, file_size: int, name: str) -> dict[str, Tensor]:
     if not isinstance(values, dict):
         raise _lies(name, "its header is no JSON object")
     values.pop("__metadata__", None)
-    spans = {tensor: _span(name, tensor, entry) for tensor, entry in values.items()}
+    spans = {tensor: _span(name, tensor, entry, LENGTH_BYTES + len(header)) for tensor, entry in values.items()}
     end = 0
     for tensor, (start, stop, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
         if start != end:
@@ -68,7 +70,7 @@ def parse_header(header: bytes, file_size: int, name: str) -> dict[str, Tensor]:
     return {tensor: found for tensor, (_, _, found) in sorted(spans.items(), key=lambda item: item[1][:2])}
 
 
-def _span(file: str, tensor: str, entry: object) -> tuple[int, int, Tensor]:
+def _span(file: str, tensor: str, entry: object, start: int) -> tuple[int, int, Tensor]:
     """Where the values of a tensor begin and end, and the tensor."""
     shown = one_line(tensor, 120)
     fields = entry if isinstance(entry, dict) else {}
@@ -81,7 +83,7 @@ def _span(file: str, tensor: str, entry: object) -> tuple[int, int, Tensor]:
         raise _lies(
             file, f"{shown!r} is of the number format {one_line(dtype, 40)!r}, which this version does not know"
         )
-    found = Tensor(tuple(shape), dtype, file)
+    found = Tensor(tuple(shape), dtype, file, start + offsets[0])
     if (offsets[1] - offsets[0]) * 8 != found.size * _BITS[dtype]:
         raise _lies(
             file, f"{shown!r} would be {found.size} {dtype} values in {offsets[1] - offsets[0]} bytes, which do not fit"

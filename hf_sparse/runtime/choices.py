@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from hf_sparse import environment
 from hf_sparse.native import instruction_set, matmul, pack
+from hf_sparse.runtime.sources import Source, matrix_shape
 from hf_sparse.runtime.timing import interleaved
 
 VARIABLE = "HF_SPARSE_CACHE"  # a folder; unset is the user's own folder for caches
@@ -58,14 +59,15 @@ class Choices:
         self._new: dict[str, float] = {}
         self._known = _read(self._file).get(self._machine, {})
 
-    def speedups(self, weight: torch.Tensor, sparsity: float, tokens: tuple[int, ...]) -> Speedups:
-        """For a matrix (out, in) with the given share of zeros; `weight` is in the dtype that the dense product takes."""
-        found = {}
+    def speedups(self, source: Source, tokens: tuple[int, ...]) -> Speedups:
+        """For a matrix with zeros, whose values are read only where something has to be measured."""
+        rows, columns = matrix_shape(source)
+        order, dtype = " transposed" if source.transposed else "", str(source.dtype).removeprefix("torch.")
+        zeros, weight, found = round((source.zeros or 0) * 20) * 5, None, {}
         for count in tokens:
-            order = "" if weight.is_contiguous() else " transposed"
-            dtype = str(weight.dtype).removeprefix("torch.")
-            key = f"{weight.shape[0]}x{weight.shape[1]}{order} {round(sparsity * 20) * 5}% {dtype} {count}"
+            key = f"{rows}x{columns}{order} {zeros}% {dtype} {count}"
             if key not in self._known:
+                weight = source.matrix() if weight is None else weight
                 self._known[key] = self._new[key] = measure(weight, count)
             found[count] = self._known[key]
         return found

@@ -1,6 +1,8 @@
 """Linear and Conv1D modules that multiply with a sparse form of their weight, made by changing a module's class in place."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,6 +14,18 @@ from hf_sparse.native import pack
 from hf_sparse.runtime.forms import Form, PackedForm, cuts_gradients
 from hf_sparse.runtime.lazy import REFUSAL, LazyWeight
 from hf_sparse.runtime.operators import NO_GRADIENT, WAY_BACK
+
+_stays_lazy = ContextVar("hf_sparse_stays_lazy", default=False)
+
+
+@contextmanager
+def lazy_weights() -> Iterator[None]:
+    """Inside, `state_dict` gives a `LazyWeight` for what is held in a sparse form, instead of making all of them dense at once."""
+    token = _stays_lazy.set(True)
+    try:
+        yield
+    finally:
+        _stays_lazy.reset(token)
 
 
 class SparseModule(nn.Module):
@@ -58,9 +72,8 @@ class SparseModule(nn.Module):
         return out if out.dtype is dtype else out.to(dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = LazyWeight(
-            self._form, self._dtype, self.transposed
-        ).dense()  # plain weights with zeros, under their old name
+        weight = LazyWeight(self._form, self._dtype, self.transposed)  # plain weights with zeros, under their old name
+        destination[prefix + "weight"] = weight if _stays_lazy.get() else weight.dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

@@ -11,7 +11,7 @@ class KernelRow:
 
     module: str
     sites: tuple[str, ...]
-    shape: tuple[int, int]  # (out, in)
+    shape: tuple[int, ...]  # (out, in)
     sparsity: float | None  # None: not counted
     form: str  # "packed", "2:4 tensor cores" or "dense"
     reason: str

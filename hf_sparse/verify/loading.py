@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from hf_sparse.errors import CheckpointError
+from hf_sparse.storage import is_compressed
 from hf_sparse.text import one_line
 from hf_sparse.verify.sizes import check_config, headers, no_larger_than
 
@@ -65,7 +66,7 @@ def model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"the config.json is none of a model that Transformers can load ({why}); if it needs code of its own and you trust that, "
             "give --trust-remote-code."
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not is_compressed(config.to_dict()):
         raise CheckpointError("the weights are quantized, so neither zeros nor patterns can be counted in them.")
     return config
 

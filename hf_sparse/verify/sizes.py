@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn.modules import module as hooks
 
 from hf_sparse.errors import CheckpointError
-from hf_sparse.remote import CONFIG, LARGEST_CONFIG, File, Folder, Place, Tensor, tensors, weight_files
+from hf_sparse.remote import CONFIG, LARGEST_CONFIG, File, Folder, Place, Tensor, read_config, tensors, weight_files
 from hf_sparse.schema import read_json
+from hf_sparse.storage import is_compressed, is_compressed_weights
+from hf_sparse.storage.names import INDEX as COMPRESSED_INDEX
 from hf_sparse.text import one_line
 
 INDEX = "model.safetensors.index.json"
@@ -54,6 +56,9 @@ class _Loaded:
 def loaded_weights(place: Place) -> list[str]:
     """The one weight file, or the shards; other files beside them hold the same weights in another layout."""
     names = weight_files(place)
+    compressed = [name for name in names if is_compressed_weights(name)]
+    if compressed and CONFIG in place.files and is_compressed(read_config(place)):
+        return compressed
     return [_WHOLE] if _WHOLE in names else [name for name in names if _SHARD.fullmatch(name)] or names
 
 
@@ -121,7 +126,7 @@ def _values(stored: Mapping[str, Tensor]) -> int:
 
 def files_of_base(place: Place) -> list[str]:
     """What of a base model is downloaded: config, weights and their index, none larger than it can need to be."""
-    small = {CONFIG: LARGEST_CONFIG, INDEX: _LARGEST_INDEX}
+    small = {CONFIG: LARGEST_CONFIG, INDEX: _LARGEST_INDEX, COMPRESSED_INDEX: _LARGEST_INDEX}
     for name, most in small.items():
         if name in place.files and place.files[name].size > most:
             raise CheckpointError(f"its {name} has {place.files[name].size} bytes; at most {most} are read.")

@@ -1,0 +1,116 @@
+"""Where a matrix comes from that may be packed: a weight in memory, or the parts of a compressed checkpoint."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+
+from hf_sparse.native import pack, pack_stored
+from hf_sparse.runtime.forms import PackedForm
+from hf_sparse.sites import count_zeros
+
+
+class Source(Protocol):
+    """A stored weight, (in, out) where it is `transposed`; its dtype is the one that it has, or will have, in the model."""
+
+    @property
+    def transposed(self) -> bool: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # as stored
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def zeros(self) -> float | None: ...  # share of the weights; None where they are not here
+
+    def matrix(self) -> torch.Tensor:
+        """The dense matrix (out, in)."""
+        ...
+
+    def is_bfloat16(self) -> bool:
+        """Whether rounding to bfloat16 changes no weight."""
+        ...
+
+    def packed(self) -> PackedForm: ...
+
+
+def matrix_shape(source: Source) -> tuple[int, ...]:
+    """(out, in)."""
+    return source.shape[::-1] if source.transposed else source.shape
+
+
+def dense_bytes(source: Source) -> int:
+    return source.dtype.itemsize * torch.Size(source.shape).numel()
+
+
+@dataclass(frozen=True)
+class InMemory:
+    weight: torch.Tensor
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @cached_property
+    def zeros(self) -> float | None:
+        return None if self.device.type == "meta" else count_zeros(self.weight) / max(1, self.weight.numel())
+
+    def matrix(self) -> torch.Tensor:
+        return self.weight.T if self.transposed else self.weight
+
+    def is_bfloat16(self) -> bool:
+        return torch.equal(self.weight.bfloat16().to(self.dtype), self.weight)
+
+    def packed(self) -> PackedForm:
+        return PackedForm(pack(self.matrix().bfloat16()))
+
+
+@dataclass(frozen=True)
+class InCheckpoint:
+    """The dense weight never is in memory, but where it has to be turned or measured."""
+
+    stored: Any  # a storage.StoredTensor
+    dtype: torch.dtype
+    transposed: bool
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.stored.shape)
+
+    @property
+    def zeros(self) -> float:
+        size = torch.Size(self.shape).numel()
+        return 1 - self.stored.non_zeros / max(1, size)
+
+    def matrix(self) -> torch.Tensor:
+        dense = self.stored[...].to(self.dtype)
+        return dense.T if self.transposed else dense
+
+    def is_bfloat16(self) -> bool:
+        values = self.stored.parts().values.to(self.dtype)
+        return torch.equal(values.bfloat16().to(self.dtype), values)
+
+    def packed(self) -> PackedForm:
+        if self.transposed:
+            return PackedForm(pack(self.matrix().bfloat16()))
+        values, bitmask, _ = self.stored.parts()
+        return PackedForm(pack_stored(values.to(self.dtype).bfloat16(), bitmask, self.shape))
