@@ -103,14 +103,21 @@ def _repository(place: Repository, claim: Claim | None, report: Report | None, a
     print(f"{one_line(place.name)} at commit {place.commit}")
     values, number = sum(tensor.size for tensor in found.values()), len(weight_files(place))
     formats = ", ".join(sorted({tensor.dtype for tensor in found.values()}))
+    compressed = [tensor for tensor in found.values() if tensor.kept is not None]
     print(
         f"{len(found)} tensors, {values:,} values ({formats}) in {number} files of {size:,} bytes; nothing of them was downloaded"
     )
+    if compressed:
+        kept, whole = sum(tensor.kept or 0 for tensor in compressed), sum(tensor.size for tensor in compressed)
+        print(
+            f"{len(compressed)} of them are compressed: {kept:,} of {whole:,} values are stored; hf_sparse is needed to load them"
+        )
     if arguments.all:
         names = {name: one_line(name, 200) for name in found}
         width = max(map(len, names.values()), default=6)
         for name, tensor in found.items():
-            print(f"{names[name]:<{width}}  {'x'.join(map(str, tensor.shape)):>14}  {tensor.dtype}")
+            stored = "" if tensor.kept is None else f"  {tensor.kept:,} values stored"
+            print(f"{names[name]:<{width}}  {'x'.join(map(str, tensor.shape)):>14}  {tensor.dtype}{stored}")
     print(_claimed(place, claim))
     if report is not None:
         print(f"The report, which is a claim too until it is verified, says:\n{report}")
@@ -132,7 +139,8 @@ def _claimed(place: Repository, claim: Claim | None) -> str:
 
 
 def _tensor(tensor: Tensor) -> dict[str, Any]:
-    return {"shape": list(tensor.shape), "dtype": tensor.dtype, "file": tensor.file}
+    told: dict[str, Any] = {"shape": list(tensor.shape), "dtype": tensor.dtype, "file": tensor.file}
+    return told if tensor.kept is None else {**told, "kept": tensor.kept}
 
 
 def _told(part: Claim | Report | None) -> dict[str, Any] | None:

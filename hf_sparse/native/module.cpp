@@ -128,5 +128,8 @@ NB_MODULE(_kernels, module) {
   module.def("spread_bits", [](Address values, Address bits, int64_t size, int width, Address row, int64_t value_count) {
     spread_bits(at<void>(values), value_count, at<uint8_t>(bits), size, width, at<void>(row));
   }, Unlocked());
+  module.def("gather_bits", [](Address row, Address bits, int64_t size, int width, Address values, int64_t value_count) {
+    gather_bits(at<void>(row), at<uint8_t>(bits), size, width, at<void>(values), value_count);
+  }, Unlocked());
   module.def("advise_large_pages", [](Address memory, int64_t bytes) { advise_large_pages(at<void>(memory), bytes); });
 }

@@ -118,20 +118,26 @@ uint16_t* write_pair(const uint16_t* weights, uint16_t* to, uint16_t* end, uint3
 }
 
 template <class Blocks, class Source>
-bool fill_blocks(const Source& source, const Shape& shape, const NewParts& parts, int threads) {
+bool fill_stripe(const Source& source, const Shape& shape, const NewParts& parts, int64_t stripe) {
+  Blocks blocks(source, shape, stripe);
+  Block block;
+  uint32_t* masks = parts.masks + stripe * shape.pairs;
+  uint16_t* to = parts.values + parts.offsets[stripe];
+  uint16_t* const end = parts.values + parts.offsets[stripe + 1];
+  for (int64_t pair = 0; pair < shape.pairs; ++pair) {
+    if (pair % block_pairs == 0) blocks.next(block);
+    to = write_pair(block.weights + pair % block_pairs * pair_weights, to, end, masks[pair]);
+    if (!to) return false;
+  }
+  return to == end;
+}
+
+template <class Blocks, class Source>
+bool fill_stripes(const Source& source, const Shape& shape, const NewParts& parts, int threads, bool wide) {
   std::atomic<bool> same{true};
   for_stripes(shape.stripes, threads, [&](int64_t stripe) {
-    Blocks blocks(source, shape, stripe);
-    Block block;
-    uint32_t* masks = parts.masks + stripe * shape.pairs;
-    uint16_t* to = parts.values + parts.offsets[stripe];
-    uint16_t* const end = parts.values + parts.offsets[stripe + 1];
-    for (int64_t pair = 0; pair < shape.pairs; ++pair) {
-      if (pair % block_pairs == 0) blocks.next(block);
-      to = write_pair(block.weights + pair % block_pairs * pair_weights, to, end, masks[pair]);
-      if (!to) break;
-    }
-    if (to != end) same = false;
+    const bool done = wide ? fill_stripe_avx512(source, shape, parts, stripe) : fill_stripe<Blocks>(source, shape, parts, stripe);
+    if (!done) same = false;
   });
   std::memset(parts.values + parts.offsets[shape.stripes], 0, slack_values * sizeof(uint16_t));
   return same;
@@ -171,11 +177,11 @@ void measure(const Stored& stored, const Shape& shape, int64_t* offsets, int thr
 }
 
 bool fill(const Matrix& matrix, const Shape& shape, const NewParts& to, int threads) {
-  return fill_blocks<MatrixBlocks>(matrix, shape, to, threads);
+  return fill_stripes<MatrixBlocks>(matrix, shape, to, threads, matrix.column_stride == 1 && has_avx512_packing());
 }
 
 bool fill(const Stored& stored, const Shape& shape, const NewParts& to, int threads) {
-  return fill_blocks<StoredBlocks>(stored, shape, to, threads);
+  return fill_stripes<StoredBlocks>(stored, shape, to, threads, has_avx512_packing());
 }
 
 void find_rows(const uint8_t* bits, int64_t bits_per_row, const Shape& shape, int64_t* row_starts) {

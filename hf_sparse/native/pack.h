@@ -42,6 +42,11 @@ void measure(const Stored& stored, const Shape& shape, int64_t* offsets, int thr
 bool fill(const Matrix& matrix, const Shape& shape, const NewParts& to, int threads);
 bool fill(const Stored& stored, const Shape& shape, const NewParts& to, int threads);
 
+// One stripe at a time with AVX-512, the matrix with neighbouring inputs side by side. False as with `fill`.
+bool has_avx512_packing();
+bool fill_stripe_avx512(const Matrix& matrix, const Shape& shape, const NewParts& to, int64_t stripe);
+bool fill_stripe_avx512(const Stored& stored, const Shape& shape, const NewParts& to, int64_t stripe);
+
 // Where the values of each row begin, from the bits alone: (rows + 1) numbers.
 void find_rows(const uint8_t* bits, int64_t bits_per_row, const Shape& shape, int64_t* row_starts);
 

@@ -29,7 +29,26 @@ void spread_from(const void* values, const uint8_t* bits, const Spread& done, in
   spread(static_cast<const Number*>(values) + done.values, bits, done.elements, size, static_cast<Number*>(row));
 }
 
+template <class Number>
+void gather_from(const void* row, const uint8_t* bits, const Spread& done, int64_t size, void* values) {
+  const Number* from = static_cast<const Number*>(row);
+  Number* to = static_cast<Number*>(values) + done.values;
+  for (int64_t i = done.elements; i < size; ++i) {
+    if ((bits[i / 8] >> (i % 8)) & 1) *to++ = from[i];
+  }
+}
+
 }  // namespace
+
+void gather_bits(const void* row, const uint8_t* bits, int64_t size, int width, void* values, int64_t value_count) {
+  const Spread done = processor_has(Set::avx512) ? gather_words_avx512(row, bits, size, width, values, value_count) : Spread{0, 0};
+  switch (width) {
+    case 1: return gather_from<uint8_t>(row, bits, done, size, values);
+    case 2: return gather_from<uint16_t>(row, bits, done, size, values);
+    case 4: return gather_from<uint32_t>(row, bits, done, size, values);
+    default: return gather_from<uint64_t>(row, bits, done, size, values);
+  }
+}
 
 void spread_bits(const void* values, int64_t value_count, const uint8_t* bits, int64_t size, int width, void* row) {
   const Spread done = processor_has(Set::avx512) ? spread_words_avx512(values, value_count, bits, size, width, row) : Spread{0, 0};

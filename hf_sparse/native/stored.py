@@ -1,4 +1,4 @@
-"""Values and bits of a compressed checkpoint, spread out into the dense row that they stand for."""
+"""Values and bits of a compressed checkpoint: spread out into the dense row that they stand for, and gathered from one."""
 
 import numpy as np
 import torch
@@ -38,6 +38,27 @@ def spread_bits(values: torch.Tensor, bitmask: torch.Tensor, size: int) -> torch
             values.data_ptr(), bitmask.data_ptr(), size, values.element_size(), row.data_ptr(), values.numel()
         )
     return row
+
+
+def gather_bits(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of a row of integers that are not zero, and uint8 (ceil(size / 8)) with a bit for each; the way back of `spread_bits`.
+
+    Raises: KernelError for anything else than a contiguous row of integers on the CPU.
+    """
+    if row.dtype not in _WIDTHS or row.dim() != 1 or row.device.type != "cpu" or not row.is_contiguous():
+        raise KernelError(
+            f"A contiguous row of integers on the CPU is gathered; given is {row.dtype} {tuple(row.shape)} on {row.device}."
+        )
+    kept = row.numpy() != 0
+    bits = torch.from_numpy(np.packbits(kept, bitorder="little"))
+    module = kernels()
+    if module is None:
+        return torch.from_numpy(row.numpy()[kept]), bits
+    values = torch.empty(int(np.count_nonzero(kept)), dtype=row.dtype)
+    module.gather_bits(
+        row.data_ptr(), bits.data_ptr(), row.numel(), row.element_size(), values.data_ptr(), values.numel()
+    )
+    return values, bits
 
 
 def _spread_slowly(values: np.ndarray, bitmask: np.ndarray, row: np.ndarray) -> None:

@@ -3,11 +3,10 @@
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from hf_sparse.errors import CheckpointError, KernelError
-from hf_sparse.native import spread_bits
+from hf_sparse.native import gather_bits, spread_bits
 from hf_sparse.text import one_line
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,12 +32,11 @@ def compress(tensor: torch.Tensor) -> Parts | None:
     size = tensor.numel()
     if not _is_number(tensor.dtype) or size * tensor.element_size() <= _bytes(0, tensor):
         return None
-    bits = tensor.detach().cpu().contiguous().view(-1).view(_INTEGERS[tensor.element_size()]).numpy()
-    kept = bits != 0
-    if size * tensor.element_size() <= _bytes(int(np.count_nonzero(kept)), tensor):
+    row = tensor.detach().cpu().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    if size * tensor.element_size() <= _bytes(int(torch.count_nonzero(row)), tensor):
         return None
-    values = torch.from_numpy(bits[kept]).view(tensor.dtype)
-    return Parts(values, torch.from_numpy(np.packbits(kept, bitorder="little")), torch.tensor(tensor.shape))
+    values, bitmask = gather_bits(row)
+    return Parts(values.view(tensor.dtype), bitmask, torch.tensor(tensor.shape))
 
 
 def _is_number(dtype: torch.dtype) -> bool:
