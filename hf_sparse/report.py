@@ -99,6 +99,7 @@ class Report:
         default_factory=dict
     )  # the same names -> "tensor[:, 0:64]", as numpy writes it
     recoveries: list[Recovery] = field(default_factory=list)  # trainings since the pruning, in order
+    speeds: list[dict[str, Any]] = field(default_factory=list)  # fields of speed.Speed, measured by `hf-sparse bench`
     files: dict[str, str] = field(default_factory=dict)  # name -> SHA-256 of the files of the last save
     format: int = FORMAT
 

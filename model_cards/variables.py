@@ -25,6 +25,7 @@
 | `compressed` | whether the weights are saved in the format that needs hf_sparse |
 | `load` | a block: how to load the model |
 | `files`, `fold_files` | rows of a Markdown table of names and SHA-256; whether it is long enough to be folded |
+| `speeds` | for each machine on which speed was measured its description and the rows of a Markdown table |
 | `tensor_core_sites`, `input_sites`, `output_sites` | numbers of sites: fit for 2:4 tensor cores, with groups along that axis |
 | `is_n_m` | whether the pattern is N:M |
 | `typed`, `command`, `snippet` | blocks: what was typed (or None), and how to prune again on the command line and in Python |
@@ -40,7 +41,7 @@ from urllib.parse import quote
 from hf_sparse.report import Report
 from hf_sparse.storage import is_compressed_weights
 from hf_sparse.text import one_line
-from model_cards import again, evaluation, facts, files, recovery
+from model_cards import again, evaluation, facts, files, recovery, speed
 from model_cards.escape import code, fenced, json_text, plain
 from model_cards.source import CardSource
 
@@ -62,6 +63,7 @@ def variables_of(source: CardSource) -> dict[str, Any]:
         "recounted": facts.recounted(report, source.model_config),
         "files": files.rows(report.files),
         "compressed": any(map(is_compressed_weights, report.files)),
+        "speeds": speed.tables(report.speeds),
         "fold_files": len(report.files) >= facts.FOLD_FROM,
         **_pruning(source),
         **_figures(report),

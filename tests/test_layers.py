@@ -20,7 +20,7 @@ FLOORS = {
     5: "prune prune_report gradual search trials shared lockstep streams blockwise measure apply reconstruct execution quantizer convert permute hub side_files publish saved harness verify evaluate predictors",
     4: "recipes comparison plot_comparison calibrate wiring snapshot record checkpoint kept adapters peft_hook embedded model_cards remote downloads arrival",
     3: "families metrics normal_equations allocations patterns updates storage runtime native "
-    "groups blocks stored replace forwards offload observe statistics report report_text recovery plot config plan allot claim",
+    "groups blocks stored replace forwards offload observe statistics report report_text recovery speed plot config plan allot claim",
     2: "sites registry data stdlib_text hashes",
     1: "errors environment memory after_import wraps text schema",
 }

@@ -2,15 +2,20 @@
 
 import argparse
 import json
+import logging
 from typing import Any
 
 import torch
 
-from hf_sparse.bench import TOKENS, bench
+from hf_sparse.bench import TOKENS, Bench, bench
 from hf_sparse.cli.loading import add_loading, hub_options, load_model, model_name
+from hf_sparse.cli.recording import check_recordable, record_speeds
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import ConfigError
 from hf_sparse.prune import prune_
+from hf_sparse.speed import Speed
+
+_log = logging.getLogger(__name__)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +40,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="runs of the whole model that are timed, at least 5")
     parser.add_argument("--threads", type=int, default=None, help="number of threads (default: torch's)")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="write the speeds into the report and the card of the model's local folder",
+    )
     add_loading(parser, "only cpu: on other devices nothing is measured in this version")
 
 
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
+    folder = check_recordable(model_name(arguments), arguments.dtype) if arguments.record else None
     before = torch.get_num_threads()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -51,12 +62,30 @@ def run(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     finally:
         torch.set_num_threads(before)
+    if folder is not None and not record_speeds(folder, speeds_of(found)):
+        _log.warning("the card in %s was not renewed, so only the report has the speeds.", folder)
     print(json.dumps(found.to_dict()) if arguments.json else found.markdown())
+
+
+def speeds_of(found: Bench) -> list[Speed]:
+    """As a report keeps them."""
+    machine = ", ".join(f"{name} {value}" for name, value in found.machine.items())
+    shared = ("work", "tokens", "way", "milliseconds", "low", "high", "rounds", "speedup")
+    return [
+        Speed(**{name: getattr(row, name) for name in shared}, machine=machine, whole_model=whole)
+        for rows, whole in ((found.end_to_end, True), (found.kernels, False))
+        for row in rows
+    ]
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.device not in (None, "cpu"):
         raise ConfigError(f"only --device cpu can be measured, given is {arguments.device!r}; leave it out.")
+    changed = arguments.random_weights or arguments.pattern is not None or arguments.sparsity is not None
+    if arguments.record and changed:
+        raise ConfigError(
+            "--record tells of the saved model, and --random-weights, --pattern and --sparsity measure another one; leave one out."
+        )
     numbers = {name: getattr(arguments, name) for name in ("prompt", "new_tokens", "prefill", "rounds")}
     numbers.update(tokens=min(arguments.tokens), threads=arguments.threads or 1)
     wrong = next((name for name, value in numbers.items() if value < 1), None)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 from filelock import FileLock
 from huggingface_hub import constants
 
+from hf_sparse import speed
 from hf_sparse.errors import CheckpointError, ConfigError
 from hf_sparse.replace import write_whole
 from hf_sparse.report import FILE_NAME, Report
+from hf_sparse.speed import Speed
 
 
 def check_recordable(name: str, dtype: str) -> Path:
@@ -72,13 +74,30 @@ def record(folder: Path, evaluations: Sequence[Mapping[str, Any]]) -> bool:
 
     Raises: CheckpointError for a report that cannot be read.
     """
-    from model_cards import card_class, write_card
     from model_cards.evaluation import measured_again
+
+    def add(report: Report) -> None:
+        for values in evaluations:
+            report.evaluations = measured_again(report.evaluations, values)
+
+    return _renew(folder, add)
+
+
+def record_speeds(folder: Path, speeds: Sequence[Speed]) -> bool:
+    """The same for speeds."""
+
+    def add(report: Report) -> None:
+        report.speeds = speed.measured_again(report.speeds, speeds)
+
+    return _renew(folder, add)
+
+
+def _renew(folder: Path, change: Callable[[Report], None]) -> bool:
+    from model_cards import card_class, write_card
 
     with _lock(folder):  # two commands may measure at once, and both figures are to stay
         report = Report.load(folder)
-        for values in evaluations:
-            report.evaluations = measured_again(report.evaluations, values)
+        change(report)
         with tempfile.TemporaryDirectory() as aside:
             content = report.save(aside).read_bytes()
         with _both_or_none(folder / FILE_NAME, folder / "README.md"):
