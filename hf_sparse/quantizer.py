@@ -70,8 +70,8 @@ class CompressedReader(HfQuantizer):  # type: ignore[misc]
         config.transformers_weights = self.quantization_config.weights
         return config
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        return weight_conversions
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        return weight_conversions  # the model is given by newer versions of Transformers
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del model.config.transformers_weights
