@@ -12,6 +12,11 @@
 namespace hf_sparse {
 namespace {
 
+constexpr int64_t group_stripes = 4;  // worked on together: 64 outputs
+constexpr int64_t group_rows = group_stripes * stripe_rows;
+
+static inline int64_t group_size(const Job&) { return group_stripes; }
+
 static inline int64_t smaller(int64_t first, int64_t second) { return first < second ? first : second; }
 
 // The stripes of one group. Where there are fewer than four, the last stands in for the missing ones, whose sums are dropped.
