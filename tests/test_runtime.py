@@ -358,6 +358,18 @@ def test_measured_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(table.to_dict())
 
 
+def test_times_of_another_instruction_set_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(choices, "measure", lambda weight, tokens: 2.0)
+    for name in ("avx512", "amx", "amx"):
+        monkeypatch.setattr(choices, "instruction_set", lambda name=name: name)
+        known = Choices()
+        found.append(len(known._known))
+        known.speedups(torch.zeros(8, 8), 0.5, (1,))
+        known.save()
+    assert found == [0, 0, 1]
+
+
 def test_without_compiled_kernels_nothing_is_packed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(native, "why_not", lambda: "no compiler was there")
