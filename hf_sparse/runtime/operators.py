@@ -19,8 +19,8 @@ def packed_linear(
     rows: int,
     columns: int,
 ) -> torch.Tensor:
-    """x times the transposed packed matrix, plus the bias; the buffers are those of a `Packed`, which are not checked again."""
-    return matmul(x, Packed(masks, offsets, values, (rows, columns)), bias)
+    """x times the transposed packed matrix, plus the bias; the buffers are those of a `Packed`."""
+    return matmul(x, Packed.of(masks, offsets, values, (rows, columns)), bias)
 
 
 @packed_linear.register_fake
@@ -48,7 +48,7 @@ def packed_dense(
     masks: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor, rows: int, columns: int
 ) -> torch.Tensor:
     """The dense matrix (out, in) of the buffers of a `Packed`."""
-    return Packed(masks, offsets, values, (rows, columns)).unpack()
+    return Packed.of(masks, offsets, values, (rows, columns)).unpack()
 
 
 @packed_dense.register_fake

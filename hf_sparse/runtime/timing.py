@@ -62,6 +62,6 @@ def interleaved(
 
 def read_bandwidth(size: int = 256 * 2**20, rounds: int = 7) -> float:
     """Bytes that can be read from memory in a second, with torch's number of threads."""
-    numbers = torch.ones(size // 8, dtype=torch.int64)
+    numbers = torch.ones(size // 8, dtype=torch.int64, device="cpu")
     times = interleaved({"read": [lambda: numbers.sum()]}, 0.0, rounds)
     return size / times["read"].median
