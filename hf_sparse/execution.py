@@ -1,8 +1,8 @@
 """Lets a model in memory run on sparse kernels where they are faster, and back."""
 
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def use_sparse_kernels_(
             row, form = _decide(model, path, sites, None, wanted, choices)
             rows.append(row)
             if form is not None:
-                hold_(model.get_submodule(path[0]), form)
+                hold_(model.get_submodule(path[0]), form, rounds=round_weights)
     finally:
         choices.save()
         _guard(model)
@@ -88,15 +88,24 @@ def sparse_forms(
     return forms
 
 
+def hold_forms_(model: nn.Module, forms: Mapping[str, Form], *, round_weights: bool = False, **options: Any) -> None:
+    """Gives a model that was loaded what `sparse_forms` returned for the same options."""
+    for name, form in forms.items():
+        hold_(model.get_submodule(name.rpartition(".")[0]), form, rounds=round_weights)
+    _guard(model)
+
+
 def use_dense_kernels_(model: nn.Module) -> nn.Module:
     """Gives a model its dense weights back, matrix by matrix, bit for bit as they were when they were packed; returns the model.
 
     The parameters are new objects: make optimizers afterwards.
     """
     inner = checkpoint.unwrap(model)
+    for module in _ancestors(inner):
+        for name in _GUARDS:
+            module.__dict__.pop(name, None)
     for _, module in list(sparse_modules(inner)):
         release_(module)
-    inner.__dict__.pop("_apply", None)
     return model
 
 
@@ -202,14 +211,29 @@ def _why_dense(model: nn.Module, module: nn.Module, source: Source, wanted: _Wan
 
 
 def _why_shared(model: nn.Module, module: nn.Module) -> str:
+    """Letting a tensor go that is another one as well would save nothing, and undo the tie."""
     weight = module._parameters["weight"]
-    others = (
+    if weight is None or weight.device.type == "meta":  # has no memory to compare
+        return _shared_with(name for name, other in _parameters(model, module) if other is weight)
+    memory = weight.untyped_storage().data_ptr()
+    return _shared_with(
         name
-        for name, other in model.named_modules()
-        if other is not module and other._parameters.get("weight") is weight
+        for name, other in _parameters(model, module)
+        if other.device == weight.device and other.untyped_storage().data_ptr() == memory
     )
-    name = next(others, None)
-    return f"it is the same tensor as the weight of {name}" if name is not None else ""
+
+
+def _parameters(model: nn.Module, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All of a model, under all their names, but the weight of this module."""
+    for name, owner in model.named_modules():
+        for parameter_name, parameter in owner._parameters.items():
+            if parameter is not None and (owner is not module or parameter_name != "weight"):
+                yield f"{name}.{parameter_name}".removeprefix("."), parameter
+
+
+def _shared_with(names: Iterator[str]) -> str:
+    name = next(names, None)
+    return f"it is the same tensor as {name}" if name is not None else ""
 
 
 def _why_not_on_cpu(source: Source, rounds: bool) -> str:
@@ -234,12 +258,32 @@ def _measured(speedups: dict[int, float]) -> str:
 
 
 def _guard(model: nn.Module) -> None:
-    """Lets a move that some matrices refuse fail before it has moved the others."""
-    if any(True for _ in sparse_modules(model)) and "_apply" not in model.__dict__:
-        model._apply = types.MethodType(_checked_apply, model)  # type: ignore[method-assign]
+    """Lets a move that some matrices refuse fail before it has moved the others, from whichever module above them it is asked."""
+    for module in _ancestors(model):
+        for name, checked in _GUARDS.items():
+            module.__dict__.setdefault(name, partial(checked, module))
+
+
+def _ancestors(model: nn.Module) -> list[nn.Module]:
+    """The modules that have sparse ones inside."""
+    paths = {"" for _ in sparse_modules(model)}
+    for path, _ in sparse_modules(model):
+        parts = path.split(".")
+        paths |= {".".join(parts[:count]) for count in range(1, len(parts))}
+    return [model.get_submodule(path) for path in paths if not isinstance(model.get_submodule(path), SparseModule)]
 
 
 def _checked_apply(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     for _, module in sparse_modules(model):
         moved_dtype(module, fn)
     return type(model)._apply(model, fn, recurse)
+
+
+def _remembered_requires_grad(model: nn.Module, requires_grad: bool = True) -> nn.Module:
+    """A weight that is not dense is no parameter now, but will be one again."""
+    for _, module in sparse_modules(model):
+        module._trains = requires_grad
+    return type(model).requires_grad_(model, requires_grad)
+
+
+_GUARDS: dict[str, Callable[..., nn.Module]] = {"_apply": _checked_apply, "requires_grad_": _remembered_requires_grad}

@@ -95,12 +95,14 @@ def dense_matmul(
 
 def checked_input(x: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """The input, contiguous, after its dtype, device and width have been looked at."""
-    if x.dtype not in DTYPES or x.dim() == 0 or x.shape[-1] != shape[1]:
+    if x.dtype not in DTYPES or not x.is_cpu or x.dim() == 0 or x.shape[-1] != shape[1]:
         raise KernelError(
             f"Inputs must be bfloat16 or float32 on the CPU with shape (..., {shape[1]}); given is {x.dtype} on {x.device} "
             f"with shape {tuple(x.shape)}. Convert them, or unpack the weight."
         )
     refuse_gradient(x)
+    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+        refuse_recording()
     if x.is_contiguous() and not x.is_neg():
         return x
     address_of_spaced(x)
@@ -108,17 +110,29 @@ def checked_input(x: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def refuse_gradient(tensor: torch.Tensor) -> None:
-    """Refuses what the product would be a constant for: a tensor that wants gradients, has a tangent, or is being traced."""
+    """Refuses a tensor that wants a gradient or has a tangent, of which the product would know nothing."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise KernelError(
             "No gradient flows through packed weights. Use torch.no_grad(), or unpack the weight to train."
         )
+    refuse_tangent(tensor)
+
+
+def refuse_tangent(tensor: torch.Tensor) -> None:
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise KernelError("No tangent flows through packed weights. Unpack the weight for forward differentiation.")
 
 
+def refuse_recording() -> None:
+    """Refuses a product that a recording would hold as a constant; modules on sparse kernels use an operator there."""
+    modes = range(torch._C._len_torch_dispatch_stack())
+    proxies = any("Proxy" in type(torch._C._get_dispatch_stack_at(index)).__name__ for index in modes)
+    if proxies or torch._C._is_tracing():
+        raise KernelError("This product cannot be traced. Trace a model after hf_sparse.use_sparse_kernels_(model).")
+
+
 def check_bias(bias: torch.Tensor, x: torch.Tensor, rows: int) -> None:
-    if bias.dtype is not x.dtype or bias.shape != (rows,) or not bias.is_contiguous():
+    if bias.dtype is not x.dtype or bias.shape != (rows,) or not bias.is_cpu or not bias.is_contiguous():
         raise KernelError(
             f"The bias must be {x.dtype} on the CPU, contiguous, with shape ({rows},); given is {bias.dtype} on "
             f"{bias.device} with shape {tuple(bias.shape)}."

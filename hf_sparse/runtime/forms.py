@@ -22,7 +22,7 @@ class Form(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     @property
-    def dtypes(self) -> tuple[torch.dtype, ...]: ...  # that inputs may have
+    def dtypes(self) -> tuple[torch.dtype, ...]: ...  # that inputs may have, the most exact one last
 
     @property
     def nbytes(self) -> int: ...
@@ -128,7 +128,7 @@ class ArrangedForm:
 
 
 def cuts_gradients(form: Form, x: torch.Tensor, bias: torch.Tensor | None, message: str) -> torch.Tensor:
-    """The product of an input that wants a gradient: right, but asking for the gradient is refused."""
+    """The product where the input or the bias wants a gradient: right, but asking for the gradient is refused."""
     return _NoGradient.apply(x, form, bias, message)
 
 
@@ -136,7 +136,7 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: torch.Tensor, form: Form, bias: torch.Tensor | None, message: str) -> torch.Tensor:
         context.message = message
-        return form.product(x.detach(), bias)
+        return form.product(x.detach(), None if bias is None else bias.detach())
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> Any:
