@@ -171,7 +171,7 @@ def _decide(
         return replace(row, reason=reason), None
     form: Form | None = semi_structured.form_of(source.matrix()) if source.device.type == "cuda" else None
     if wanted.choose == "measured":
-        speedups = _speedups(source, form, wanted.tokens, choices)
+        speedups = _speedups(source, form, wanted.tokens, choices, getattr(module, "bias", None) is not None)
         row = replace(row, reason=_measured(speedups), speedups=speedups)
         if max(speedups.values()) < GAIN:
             return row, None
@@ -185,10 +185,12 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module) in CLASSES and CLASSES[type(module)].transposed
 
 
-def _speedups(source: Source, form: Form | None, tokens: tuple[int, ...], choices: Choices) -> dict[int, float]:
+def _speedups(
+    source: Source, form: Form | None, tokens: tuple[int, ...], choices: Choices, bias: bool
+) -> dict[int, float]:
     if isinstance(form, semi_structured.SemiStructuredForm):
         return semi_structured.speedups(source.matrix(), form, tokens)
-    return choices.speedups(source, tokens)
+    return choices.speedups(source, tokens, bias)
 
 
 def _why_dense(model: nn.Module, module: nn.Module, source: Source, wanted: _Wanted) -> str:
@@ -254,7 +256,10 @@ def _why_not_on_cpu(source: Source, rounds: bool) -> str:
 
 def _measured(speedups: dict[int, float]) -> str:
     shown = ", ".join(f"{speedup:.2f}x for {count}" for count, speedup in speedups.items())
-    return f"measured against dense: {shown} token{'s' if list(speedups)[-1] > 1 else ''}"
+    text = f"measured against dense: {shown} token{'s' if list(speedups)[-1] > 1 else ''}"
+    slower = [str(count) for count, speedup in speedups.items() if speedup < 1 / GAIN]
+    gains = max(speedups.values()) >= GAIN  # else it stays dense, and nothing is slower
+    return f"{text}; slower than dense for {' and '.join(slower)} tokens" if slower and gains else text
 
 
 def _guard(model: nn.Module) -> None:
