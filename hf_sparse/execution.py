@@ -1,8 +1,7 @@
 """Lets a model in memory run on sparse kernels where they are faster, and back."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from hf_sparse import checkpoint, native
 from hf_sparse.errors import ConfigError, ModelError, unknown
 from hf_sparse.families import find_sites
 from hf_sparse.runtime import Form, hold_, release_, semi_structured, sparse_modules, why_not_module
-from hf_sparse.runtime.choices import GAIN, Choices
-from hf_sparse.runtime.modules import CLASSES, SparseModule, moved_dtype
+from hf_sparse.runtime.choices import GAIN, Choices, expands_from
+from hf_sparse.runtime.guards import guard_, unguard_
+from hf_sparse.runtime.modules import CLASSES, SparseModule
 from hf_sparse.runtime.sources import InCheckpoint, InMemory, Source, dense_bytes, matrix_shape
 from hf_sparse.runtime.table import KernelRow, KernelTable
 from hf_sparse.sites import Site
@@ -49,7 +49,7 @@ def use_sparse_kernels_(
                 hold_(model.get_submodule(path[0]), form, rounds=round_weights)
     finally:
         choices.save()
-        _guard(model)
+        guard_(model)
     return KernelTable(tuple(rows), inventory.left_out)
 
 
@@ -92,7 +92,7 @@ def hold_forms_(model: nn.Module, forms: Mapping[str, Form], *, round_weights: b
     """Gives a model that was loaded what `sparse_forms` returned for the same options."""
     for name, form in forms.items():
         hold_(model.get_submodule(name.rpartition(".")[0]), form, rounds=round_weights)
-    _guard(model)
+    guard_(model)
 
 
 def use_dense_kernels_(model: nn.Module) -> nn.Module:
@@ -101,9 +101,7 @@ def use_dense_kernels_(model: nn.Module) -> nn.Module:
     The parameters are new objects: make optimizers afterwards.
     """
     inner = checkpoint.unwrap(model)
-    for module in _ancestors(inner):
-        for name in _GUARDS:
-            module.__dict__.pop(name, None)
+    unguard_(inner)
     for _, module in list(sparse_modules(inner)):
         release_(module)
     return model
@@ -170,14 +168,15 @@ def _decide(
     if reason:
         return replace(row, reason=reason), None
     form: Form | None = semi_structured.form_of(source.matrix()) if source.device.type == "cuda" else None
+    expands: int | None = None
     if wanted.choose == "measured":
-        speedups = _speedups(source, form, wanted.tokens, choices, getattr(module, "bias", None) is not None)
-        row = replace(row, reason=_measured(speedups), speedups=speedups)
+        speedups, expands = _speedups(source, form, wanted.tokens, choices, getattr(module, "bias", None) is not None)
+        row = replace(row, reason=_measured(speedups, expands), speedups=speedups)
         if max(speedups.values()) < GAIN:
             return row, None
     else:
         row = replace(row, reason="choose is 'always'")
-    form = form or source.packed()
+    form = form or replace(source.packed(), expands_from=expands)
     return replace(row, form=form.name, bytes=form.nbytes), form
 
 
@@ -187,10 +186,17 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def _speedups(
     source: Source, form: Form | None, tokens: tuple[int, ...], choices: Choices, bias: bool
-) -> dict[int, float]:
+) -> tuple[dict[int, float], int | None]:
+    """What was measured, and from how many tokens on a packed matrix is to be expanded."""
     if isinstance(form, semi_structured.SemiStructuredForm):
-        return semi_structured.speedups(source.matrix(), form, tokens)
-    return choices.speedups(source, tokens, bias)
+        return semi_structured.speedups(source.matrix(), form, tokens), None
+    found = choices.speedups(source, tokens, bias)
+    expands = expands_from(found)
+    chosen = {
+        count: speedup.kernels if expands is None or count < expands else speedup.expanded
+        for count, speedup in found.items()
+    }
+    return chosen, expands
 
 
 def _why_dense(model: nn.Module, module: nn.Module, source: Source, wanted: _Wanted) -> str:
@@ -254,41 +260,11 @@ def _why_not_on_cpu(source: Source, rounds: bool) -> str:
     )
 
 
-def _measured(speedups: dict[int, float]) -> str:
+def _measured(speedups: dict[int, float], expands: int | None) -> str:
     shown = ", ".join(f"{speedup:.2f}x for {count}" for count, speedup in speedups.items())
     text = f"measured against dense: {shown} token{'s' if list(speedups)[-1] > 1 else ''}"
+    if max(speedups.values()) < GAIN:
+        return text  # it stays dense, and nothing is slower
     slower = [str(count) for count, speedup in speedups.items() if speedup < 1 / GAIN]
-    gains = max(speedups.values()) >= GAIN  # else it stays dense, and nothing is slower
-    return f"{text}; slower than dense for {' and '.join(slower)} tokens" if slower and gains else text
-
-
-def _guard(model: nn.Module) -> None:
-    """Lets a move that some matrices refuse fail before it has moved the others, from whichever module above them it is asked."""
-    for module in _ancestors(model):
-        for name, checked in _GUARDS.items():
-            module.__dict__.setdefault(name, partial(checked, module))
-
-
-def _ancestors(model: nn.Module) -> list[nn.Module]:
-    """The modules that have sparse ones inside."""
-    paths = {"" for _ in sparse_modules(model)}
-    for path, _ in sparse_modules(model):
-        parts = path.split(".")
-        paths |= {".".join(parts[:count]) for count in range(1, len(parts))}
-    return [model.get_submodule(path) for path in paths if not isinstance(model.get_submodule(path), SparseModule)]
-
-
-def _checked_apply(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    for _, module in sparse_modules(model):
-        moved_dtype(module, fn)
-    return type(model)._apply(model, fn, recurse)
-
-
-def _remembered_requires_grad(model: nn.Module, requires_grad: bool = True) -> nn.Module:
-    """A weight that is not dense is no parameter now, but will be one again."""
-    for _, module in sparse_modules(model):
-        module._trains = requires_grad
-    return type(model).requires_grad_(model, requires_grad)
-
-
-_GUARDS: dict[str, Callable[..., nn.Module]] = {"_apply": _checked_apply, "requires_grad_": _remembered_requires_grad}
+    text += f"; made dense for each product from {expands} tokens on" if expands is not None else ""
+    return f"{text}; slower than dense for {' and '.join(slower)} tokens" if slower else text

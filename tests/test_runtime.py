@@ -357,15 +357,17 @@ def test_why_dense() -> None:
 def test_measured_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def measure(matrix: torch.Tensor, tokens: list[int], transposed: bool, bias: bool) -> dict[int, float]:
+    def measure(matrix: torch.Tensor, tokens: list[int], transposed: bool, bias: bool) -> choices.Speedups:
         asked.extend(tokens)
-        return {count: 2.0 if count == 1 else 0.5 for count in tokens}
+        return {count: choices.Speedup(2.0 if count == 1 else 0.5, 0.75 if count > 99 else 0.1) for count in tokens}
 
     monkeypatch.setattr(choices, "measure", measure)
     table = use_sparse_kernels_(pruned(), tokens=(1, 16, 512))
     assert table.sparse
     assert "2.00x for 1" in str(table)
     assert "slower than dense for 16 and 512 tokens" in str(table)
+    assert "made dense for each product from 512 tokens on" in str(table)
+    assert {row.speedups[512] for row in table.rows} == {0.75}
     shapes = len({row.shape for row in table.rows})
     assert len(asked) == 3 * shapes
     again = use_sparse_kernels_(pruned(), tokens=(16,))
@@ -386,8 +388,31 @@ def test_a_measurement() -> None:
     for transposed in (False, True):
         found = choices.measure(sparse("2:4 input", 64, 48, 0), (2, 5), transposed, bias=True)
         assert set(found) == {2, 5}
-        assert min(found.values()) > 0
+        assert min(min(both) for both in found.values()) > 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("expanded", "start"),
+    [((0.1, 0.1, 0.1), None), ((0.1, 2.0, 0.1), None), ((0.1, 0.1, 2.0), 512), ((2.0, 2.0, 2.0), 1)],
+)
+def test_from_how_many_tokens_on_a_matrix_is_expanded(expanded: tuple[float, ...], start: int | None) -> None:
+    speedups = {count: choices.Speedup(1.0, speedup) for count, speedup in zip((1, 16, 512), expanded)}
+    assert choices.expands_from(speedups) == start
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_matrix_is_expanded_for_many_tokens(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, held = linear(dtype)
+    hold_(module := copy.deepcopy(dense), PackedForm(held._form.packed, expands_from=4))
+    module.load_state_dict(dense.state_dict())  # packs anew, but remembers
+    asked: list[torch.Size] = []
+    own = native.matmul
+    monkeypatch.setattr("hf_sparse.runtime.forms.matmul", lambda x, *rest: asked.append(x.shape) or own(x, *rest))
+    for shape in ((3, 40), (4, 40), (2, 2, 40), (0, 40), (40,)):
+        x = torch.linspace(-1, 1, max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()].view(shape).to(dtype)
+        torch.testing.assert_close(module(x), dense(x))
+    assert asked == [(3, 40), (0, 40), (40,)]
 
 
 def test_what_is_timed_is_what_runs() -> None:
@@ -437,7 +462,7 @@ def test_without_a_home_nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("HF_SPARSE_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.setattr(choices, "measure", lambda matrix, tokens, *rest: dict.fromkeys(tokens, 2.0))
+    monkeypatch.setattr(choices, "measure", lambda matrix, tokens, *rest: dict.fromkeys(tokens, choices.Speedup(2, 1)))
     assert use_sparse_kernels_(pruned()).sparse
 
 

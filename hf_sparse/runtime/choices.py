@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from hf_sparse import environment
-from hf_sparse.native import instruction_set, pack
+from hf_sparse.native import Packed, instruction_set, pack
 from hf_sparse.native.binary import load
 from hf_sparse.runtime.copies import in_modules, works
 from hf_sparse.runtime.forms import Form, PackedForm
@@ -26,7 +27,25 @@ _SECONDS = 0.03  # for each number of tokens
 _LARGEST_FILE = 2**24
 _LARGEST = 1e9  # of a speedup
 
-Speedups = dict[int, float]  # tokens -> time of the dense product over that of the packed one
+
+class Speedup(NamedTuple):
+    """Time of the dense product over that of the packed one, in the two ways that there are."""
+
+    kernels: float
+    expanded: float  # the matrix is made dense for each product
+
+
+Speedups = dict[int, Speedup]  # by number of tokens
+
+
+def expands_from(speedups: Speedups) -> int | None:
+    """The number of tokens from which on expanding was faster, for all measured ones."""
+    found = None
+    for count, speedup in sorted(speedups.items(), reverse=True):
+        if speedup.expanded < speedup.kernels * GAIN:
+            break
+        found = count
+    return found
 
 
 def cache_file() -> Path | None:
@@ -95,13 +114,14 @@ class Choices:
         order, dtype = " transposed" if source.transposed else "", str(source.dtype).removeprefix("torch.")
         zeros = round((source.zeros or 0) * 20) * 5
         kind = f"{rows}x{columns}{order}{' bias' if bias else ''} {zeros}% {dtype}"
-        missing = [count for count in tokens if f"{kind} {count}" not in self._known]
+        keys = {count: [f"{kind} {count} {way}" for way in Speedup._fields] for count in tokens}
+        missing = [count for count in tokens if not all(key in self._known for key in keys[count])]
         if missing:
             measured = measure(source.matrix(), missing, source.transposed, bias)
-            new = {f"{kind} {count}": speedup for count, speedup in measured.items()}
+            new = {key: speedup for count in missing for key, speedup in zip(keys[count], measured[count])}
             self._known |= new
             self._new |= new
-        return {count: self._known[f"{kind} {count}"] for count in tokens}
+        return {count: Speedup(*(self._known[key] for key in keys[count])) for count in tokens}
 
     def save(self) -> None:
         """Adds what was measured to the file; a folder that cannot be written costs measuring again, nothing else."""
@@ -145,11 +165,21 @@ def _is_speedup(value: object) -> bool:
 
 
 def measure(matrix: torch.Tensor, tokens: Sequence[int], transposed: bool = False, bias: bool = False) -> Speedups:
-    """How many times as fast as dense modules packed ones are, for each number of tokens."""
-    rounded = matrix.to(torch.bfloat16)
-    forms: dict[str, Callable[[], Form | None]] = {"dense": lambda: None, "sparse": lambda: PackedForm(pack(rounded))}
+    """How many times as fast as dense modules packed ones are in either way, for each number of tokens."""
+    rounded, packs = matrix.to(torch.bfloat16), list[Packed]()
+
+    def packed() -> Form:
+        packs.append(pack(rounded))
+        return PackedForm(packs[-1])
+
+    forms: dict[str, Callable[[], Form | None]] = {
+        "dense": lambda: None,
+        "kernels": packed,
+        "expanded": lambda: PackedForm(packs.pop(), expands_from=1),  # backwards: none that the kernels have just read
+    }
     modules, found = in_modules(matrix, forms, transposed=transposed, bias=bias), {}
     for count in tokens:
         times = interleaved(works(modules, matrix, count), _SECONDS)
-        found[count] = times["dense"].median / max(times["sparse"].median, 1e-9)
+        dense, kernels, expanded = (max(times[way].median, 1e-9) for way in forms)
+        found[count] = Speedup(dense / kernels, dense / expanded)
     return found

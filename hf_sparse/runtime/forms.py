@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from hf_sparse.errors import KernelError
 from hf_sparse.native import Arranged, Packed, dense_matmul, matmul
@@ -53,9 +54,13 @@ class Form(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PackedForm:
-    """Zeros left out, multiplied by the native kernels on the CPU."""
+    """Zeros left out, multiplied by the native kernels on the CPU.
+
+    From `expands_from` tokens on, where that measured faster, each product makes the matrix dense and is torch's own.
+    """
 
     packed: Packed
+    expands_from: int | None = None
     name = "packed"
     dtypes = DTYPES
 
@@ -79,8 +84,12 @@ class PackedForm:
         return self.packed.unpack()
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return matmul(x, self.packed, bias)
+        packed = self.packed
+        if self.expands_from is None or x.numel() < self.expands_from * packed.shape[1]:
+            return matmul(x, packed, bias)
+        return F.linear(x, packed.unpack().to(x.dtype), bias)
 
+    # A graph holds for any number of tokens, so there the kernels multiply all of them.
     def traced_product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         packed = self.packed
         return packed_linear(x, packed.masks, packed.offsets, packed.values, bias, *packed.shape)

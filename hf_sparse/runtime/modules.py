@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -163,7 +164,8 @@ def moved_dtype(module: SparseModule, fn: Any) -> torch.dtype:
 
 def packed_form(module: SparseModule, weight: torch.Tensor) -> PackedForm:
     matrix = weight.T if module.transposed else weight
-    return PackedForm(pack(matrix.to("cpu", torch.bfloat16)))
+    packed = pack(matrix.to("cpu", torch.bfloat16))
+    return replace(module._form, packed=packed) if isinstance(module._form, PackedForm) else PackedForm(packed)
 
 
 def hold_form(module: SparseModule, form: Form) -> None:
