@@ -1,7 +1,6 @@
 """Lets a model in memory run on sparse kernels where they are faster, and back."""
 
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +11,9 @@ from hf_sparse import checkpoint, native
 from hf_sparse.errors import ConfigError, ModelError, unknown
 from hf_sparse.families import find_sites
 from hf_sparse.runtime import Form, hold_, release_, semi_structured, sparse_modules, why_not_module
-from hf_sparse.runtime.choices import GAIN, Choices
-from hf_sparse.runtime.modules import CLASSES, SparseModule, moved_dtype
+from hf_sparse.runtime.choices import GAIN, Choices, expands_from
+from hf_sparse.runtime.guards import guard_, unguard_
+from hf_sparse.runtime.modules import CLASSES, SparseModule
 from hf_sparse.runtime.sources import InCheckpoint, InMemory, Source, dense_bytes, matrix_shape
 from hf_sparse.runtime.table import KernelRow, KernelTable
 from hf_sparse.sites import Site
@@ -46,10 +46,10 @@ def use_sparse_kernels_(
             row, form = _decide(model, path, sites, None, wanted, choices)
             rows.append(row)
             if form is not None:
-                hold_(model.get_submodule(path[0]), form)
+                hold_(model.get_submodule(path[0]), form, rounds=round_weights)
     finally:
         choices.save()
-        _guard(model)
+        guard_(model)
     return KernelTable(tuple(rows), inventory.left_out)
 
 
@@ -88,15 +88,22 @@ def sparse_forms(
     return forms
 
 
+def hold_forms_(model: nn.Module, forms: Mapping[str, Form], *, round_weights: bool = False, **options: Any) -> None:
+    """Gives a model that was loaded what `sparse_forms` returned for the same options."""
+    for name, form in forms.items():
+        hold_(model.get_submodule(name.rpartition(".")[0]), form, rounds=round_weights)
+    guard_(model)
+
+
 def use_dense_kernels_(model: nn.Module) -> nn.Module:
     """Gives a model its dense weights back, matrix by matrix, bit for bit as they were when they were packed; returns the model.
 
     The parameters are new objects: make optimizers afterwards.
     """
     inner = checkpoint.unwrap(model)
+    unguard_(inner)
     for _, module in list(sparse_modules(inner)):
         release_(module)
-    inner.__dict__.pop("_apply", None)
     return model
 
 
@@ -161,14 +168,15 @@ def _decide(
     if reason:
         return replace(row, reason=reason), None
     form: Form | None = semi_structured.form_of(source.matrix()) if source.device.type == "cuda" else None
+    expands: int | None = None
     if wanted.choose == "measured":
-        speedups = _speedups(source, form, wanted.tokens, choices)
-        row = replace(row, reason=_measured(speedups), speedups=speedups)
+        speedups, expands = _speedups(source, form, wanted.tokens, choices, getattr(module, "bias", None) is not None)
+        row = replace(row, reason=_measured(speedups, expands), speedups=speedups)
         if max(speedups.values()) < GAIN:
             return row, None
     else:
         row = replace(row, reason="choose is 'always'")
-    form = form or source.packed()
+    form = form or replace(source.packed(), expands_from=expands)
     return replace(row, form=form.name, bytes=form.nbytes), form
 
 
@@ -176,10 +184,19 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module) in CLASSES and CLASSES[type(module)].transposed
 
 
-def _speedups(source: Source, form: Form | None, tokens: tuple[int, ...], choices: Choices) -> dict[int, float]:
+def _speedups(
+    source: Source, form: Form | None, tokens: tuple[int, ...], choices: Choices, bias: bool
+) -> tuple[dict[int, float], int | None]:
+    """What was measured, and from how many tokens on a packed matrix is to be expanded."""
     if isinstance(form, semi_structured.SemiStructuredForm):
-        return semi_structured.speedups(source.matrix(), form, tokens)
-    return choices.speedups(source, tokens)
+        return semi_structured.speedups(source.matrix(), form, tokens), None
+    found = choices.speedups(source, tokens, bias)
+    expands = expands_from(found)
+    chosen = {
+        count: speedup.kernels if expands is None or count < expands else speedup.expanded
+        for count, speedup in found.items()
+    }
+    return chosen, expands
 
 
 def _why_dense(model: nn.Module, module: nn.Module, source: Source, wanted: _Wanted) -> str:
@@ -202,14 +219,29 @@ def _why_dense(model: nn.Module, module: nn.Module, source: Source, wanted: _Wan
 
 
 def _why_shared(model: nn.Module, module: nn.Module) -> str:
+    """Letting a tensor go that is another one as well would save nothing, and undo the tie."""
     weight = module._parameters["weight"]
-    others = (
+    if weight is None or weight.device.type == "meta":  # has no memory to compare
+        return _shared_with(name for name, other in _parameters(model, module) if other is weight)
+    memory = weight.untyped_storage().data_ptr()
+    return _shared_with(
         name
-        for name, other in model.named_modules()
-        if other is not module and other._parameters.get("weight") is weight
+        for name, other in _parameters(model, module)
+        if other.device == weight.device and other.untyped_storage().data_ptr() == memory
     )
-    name = next(others, None)
-    return f"it is the same tensor as the weight of {name}" if name is not None else ""
+
+
+def _parameters(model: nn.Module, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All of a model, under all their names, but the weight of this module."""
+    for name, owner in model.named_modules():
+        for parameter_name, parameter in owner._parameters.items():
+            if parameter is not None and (owner is not module or parameter_name != "weight"):
+                yield f"{name}.{parameter_name}".removeprefix("."), parameter
+
+
+def _shared_with(names: Iterator[str]) -> str:
+    name = next(names, None)
+    return f"it is the same tensor as {name}" if name is not None else ""
 
 
 def _why_not_on_cpu(source: Source, rounds: bool) -> str:
@@ -228,18 +260,11 @@ def _why_not_on_cpu(source: Source, rounds: bool) -> str:
     )
 
 
-def _measured(speedups: dict[int, float]) -> str:
+def _measured(speedups: dict[int, float], expands: int | None) -> str:
     shown = ", ".join(f"{speedup:.2f}x for {count}" for count, speedup in speedups.items())
-    return f"measured against dense: {shown} token{'s' if list(speedups)[-1] > 1 else ''}"
-
-
-def _guard(model: nn.Module) -> None:
-    """Lets a move that some matrices refuse fail before it has moved the others."""
-    if any(True for _ in sparse_modules(model)) and "_apply" not in model.__dict__:
-        model._apply = types.MethodType(_checked_apply, model)  # type: ignore[method-assign]
-
-
-def _checked_apply(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    for _, module in sparse_modules(model):
-        moved_dtype(module, fn)
-    return type(model)._apply(model, fn, recurse)
+    text = f"measured against dense: {shown} token{'s' if list(speedups)[-1] > 1 else ''}"
+    if max(speedups.values()) < GAIN:
+        return text  # it stays dense, and nothing is slower
+    slower = [str(count) for count, speedup in speedups.items() if speedup < 1 / GAIN]
+    text += f"; made dense for each product from {expands} tokens on" if expands is not None else ""
+    return f"{text}; slower than dense for {' and '.join(slower)} tokens" if slower else text

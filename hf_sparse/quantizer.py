@@ -20,8 +20,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_sparse.errors import ModelError
-from hf_sparse.execution import sparse_forms
-from hf_sparse.runtime import Form, hold_
+from hf_sparse.execution import hold_forms_, sparse_forms
+from hf_sparse.runtime import Form
 from hf_sparse.storage import QUANT_METHOD, StoredTensor, open_tensors
 from hf_sparse.storage.names import check_config
 from hf_sparse.wraps import Wraps
@@ -75,8 +75,7 @@ class CompressedReader(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del model.config.transformers_weights
-        for name, form in getattr(self, "forms", {}).items():
-            hold_(model.get_submodule(name.rpartition(".")[0]), form)
+        hold_forms_(model, getattr(self, "forms", {}), **(_kernels.get() or {}))
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

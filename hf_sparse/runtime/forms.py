@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from hf_sparse.errors import KernelError
 from hf_sparse.native import Arranged, Packed, dense_matmul, matmul
@@ -22,7 +23,7 @@ class Form(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     @property
-    def dtypes(self) -> tuple[torch.dtype, ...]: ...  # that inputs may have
+    def dtypes(self) -> tuple[torch.dtype, ...]: ...  # that inputs may have, the most exact one last
 
     @property
     def nbytes(self) -> int: ...
@@ -53,9 +54,13 @@ class Form(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PackedForm:
-    """Zeros left out, multiplied by the native kernels on the CPU."""
+    """Zeros left out, multiplied by the native kernels on the CPU.
+
+    From `expands_from` tokens on, where that measured faster, each product makes the matrix dense and is torch's own.
+    """
 
     packed: Packed
+    expands_from: int | None = None
     name = "packed"
     dtypes = DTYPES
 
@@ -79,8 +84,12 @@ class PackedForm:
         return self.packed.unpack()
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return matmul(x, self.packed, bias)
+        packed = self.packed
+        if self.expands_from is None or x.numel() < self.expands_from * packed.shape[1]:
+            return matmul(x, packed, bias)
+        return F.linear(x, packed.unpack().to(x.dtype), bias)
 
+    # A graph holds for any number of tokens, so there the kernels multiply all of them.
     def traced_product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         packed = self.packed
         return packed_linear(x, packed.masks, packed.offsets, packed.values, bias, *packed.shape)
@@ -128,7 +137,7 @@ class ArrangedForm:
 
 
 def cuts_gradients(form: Form, x: torch.Tensor, bias: torch.Tensor | None, message: str) -> torch.Tensor:
-    """The product of an input that wants a gradient: right, but asking for the gradient is refused."""
+    """The product where the input or the bias wants a gradient: right, but asking for the gradient is refused."""
     return _NoGradient.apply(x, form, bias, message)
 
 
@@ -136,7 +145,7 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: torch.Tensor, form: Form, bias: torch.Tensor | None, message: str) -> torch.Tensor:
         context.message = message
-        return form.product(x.detach(), bias)
+        return form.product(x.detach(), None if bias is None else bias.detach())
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.errors import KernelError, ModelError
 from hf_sparse.native import pack
+from hf_sparse.native.products import refuse_tangent
 from hf_sparse.runtime.forms import Form, PackedForm, cuts_gradients
 from hf_sparse.runtime.lazy import REFUSAL, LazyWeight
-from hf_sparse.runtime.operators import NO_GRADIENT, WAY_BACK
+from hf_sparse.runtime.operators import NO_GRADIENT, WAY_BACK, is_traced
+from hf_sparse.runtime.sources import is_bfloat16
 
 _stays_lazy = ContextVar("hf_sparse_stays_lazy", default=False)
 
@@ -36,6 +39,7 @@ class SparseModule(nn.Module):
     _form: Form
     _dtype: torch.dtype  # of the dense weight
     _trains: bool  # whether the dense weight required a gradient
+    _rounds: bool  # whether weights that are loaded may be rounded to bfloat16
 
     @property
     def weight(self) -> torch.Tensor:
@@ -57,19 +61,25 @@ class SparseModule(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
             raise KernelError(NO_GRADIENT)
-        dtype = result_dtype(input, self._form)
-        inner = dtype if dtype in self._form.dtypes else torch.float32  # autocast to float16: rounded once, at the end
+        refuse_tangent(input)
+        dtype = result_dtype(self, input)
+        dtypes = self._form.dtypes
+        inner = dtype if dtype in dtypes else dtypes[-1]  # autocast to float16: rounded once, at the end
         input = input if input.dtype is inner else input.to(inner)
         bias: torch.Tensor | None = self.bias  # type: ignore[assignment]
-        if bias is not None:
-            bias = bias.detach() if bias.dtype is inner else bias.detach().to(inner)
-        if torch.compiler.is_compiling():
+        bias = bias if bias is None or bias.dtype is inner else bias.to(inner)
+        if torch.compiler.is_compiling() or is_traced(input):
             out = self._form.traced_product(input, bias)
-        elif input.requires_grad and torch.is_grad_enabled():
+        elif torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
             out = cuts_gradients(self._form, input, bias, NO_GRADIENT)
         else:
             out = self._form.product(input, bias)
         return out if out.dtype is dtype else out.to(dtype)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "SparseModule":
+        """Remembered for the weight as well, for when it is dense again."""
+        self._trains = requires_grad
+        return super().requires_grad_(requires_grad)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         weight = LazyWeight(self._form, self._dtype, self.transposed)  # plain weights with zeros, under their old name
@@ -87,7 +97,13 @@ class SparseModule(nn.Module):
         elif not isinstance(self._form, PackedForm):
             errors.append(f"{key} cannot be loaded into a {type(self._form).__name__}; {WAY_BACK}.")
         else:
-            hold_form(self, packed_form(self, weight.detach().to(self._dtype)))
+            weight = (weight.dense() if isinstance(weight, LazyWeight) else weight).detach().to(self._dtype)
+            if self._rounds or is_bfloat16(weight):
+                hold_form(self, packed_form(self, weight))
+            else:
+                errors.append(
+                    f"{key} would be rounded to bfloat16, which round_weights=True was not given for; {WAY_BACK}."
+                )
         others = {name: value for name, value in state_dict.items() if name != key}
         super()._load_from_state_dict(others, prefix, *rest)
 
@@ -116,19 +132,19 @@ class SparseConv1D(SparseModule, Conv1D):
 CLASSES: dict[type, type[SparseModule]] = {nn.Linear: SparseLinear, Conv1D: SparseConv1D}
 
 
-def result_dtype(x: torch.Tensor, form: Form) -> torch.dtype:
-    """The dtype of a product with this input: its own, or what autocast says.
+def result_dtype(module: SparseModule, x: torch.Tensor) -> torch.dtype:
+    """The dtype of a product with this input: the module's own, or what autocast says, as of a dense module.
 
-    Raises: KernelError for a dtype that the kernels do not multiply.
+    Raises: KernelError for an input that a dense module would not multiply either.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    if x.dtype not in form.dtypes or x.device != form.device:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    fits = x.is_floating_point() and x.dtype is not torch.float64 if autocast else x.dtype is module._dtype
+    if not fits or x.device != module._form.device:
         raise KernelError(
-            f"These sparse weights take inputs in {' or '.join(map(str, form.dtypes))} on {form.device}, given is {x.dtype} on "
-            f"{x.device}. Convert the input; or {WAY_BACK}."
+            f"These sparse weights take inputs in {module._dtype} on {module._form.device}, given is {x.dtype} on {x.device}. "
+            f"Convert the input; or {WAY_BACK}."
         )
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocast else module._dtype
 
 
 def moved_dtype(module: SparseModule, fn: Any) -> torch.dtype:
@@ -148,7 +164,8 @@ def moved_dtype(module: SparseModule, fn: Any) -> torch.dtype:
 
 def packed_form(module: SparseModule, weight: torch.Tensor) -> PackedForm:
     matrix = weight.T if module.transposed else weight
-    return PackedForm(pack(matrix.to("cpu", torch.bfloat16)))
+    packed = pack(matrix.to("cpu", torch.bfloat16))
+    return replace(module._form, packed=packed) if isinstance(module._form, PackedForm) else PackedForm(packed)
 
 
 def hold_form(module: SparseModule, form: Form) -> None:
@@ -169,8 +186,10 @@ def why_not_module(module: nn.Module) -> str:
     return ""
 
 
-def hold_(module: nn.Module, form: Form) -> None:
+def hold_(module: nn.Module, form: Form, rounds: bool = False) -> None:
     """Lets a Linear or Conv1D hold its weight in a sparse form; the dense weight is let go.
+
+    `rounds`: float32 weights that are loaded later may be rounded to bfloat16.
 
     Raises: KernelError where the class is another one or the shape does not fit.
     """
@@ -186,6 +205,7 @@ def hold_(module: nn.Module, form: Form) -> None:
     del module._parameters["weight"]
     module.__class__ = kind
     module._dtype, module._trains = weight.dtype, weight.requires_grad  # type: ignore[assignment]
+    module._rounds = rounds  # type: ignore[assignment]
     hold_form(module, form)  # type: ignore[arg-type]
 
 
@@ -196,7 +216,7 @@ def release_(module: SparseModule) -> None:
     for name in module._form.tensors():
         del module._buffers[name]
         module._non_persistent_buffers_set.discard(name)
-    for name in ("_form", "_dtype", "_trains"):
+    for name in ("_form", "_dtype", "_trains", "_rounds"):
         delattr(module, name)
     module.__class__ = module.original  # type: ignore[assignment]
     others = dict(module._parameters)

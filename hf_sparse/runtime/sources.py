@@ -49,6 +49,12 @@ def dense_bytes(source: Source) -> int:
     return source.dtype.itemsize * torch.Size(source.shape).numel()
 
 
+def is_bfloat16(weight: torch.Tensor) -> bool:
+    """Whether rounding to bfloat16 changes no weight; a NaN stays one."""
+    rounded = weight.to(torch.bfloat16).to(weight.dtype)
+    return bool(((rounded == weight) | weight.isnan()).all())
+
+
 @dataclass(frozen=True)
 class InMemory:
     weight: torch.Tensor
@@ -74,7 +80,7 @@ class InMemory:
         return self.weight.T if self.transposed else self.weight
 
     def is_bfloat16(self) -> bool:
-        return torch.equal(self.weight.bfloat16().to(self.dtype), self.weight)
+        return is_bfloat16(self.weight)
 
     def packed(self) -> PackedForm:
         return PackedForm(pack(self.matrix().bfloat16()))
@@ -106,8 +112,7 @@ class InCheckpoint:
         return dense.T if self.transposed else dense
 
     def is_bfloat16(self) -> bool:
-        values = self.stored.parts().values.to(self.dtype)
-        return torch.equal(values.bfloat16().to(self.dtype), values)
+        return is_bfloat16(self.stored.parts().values.to(self.dtype))
 
     def packed(self) -> PackedForm:
         if self.transposed:
