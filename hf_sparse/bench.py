@@ -10,11 +10,12 @@ from torch import nn
 
 from hf_sparse import checkpoint, environment, native
 from hf_sparse.errors import ConfigError, ModelError
-from hf_sparse.execution import use_sparse_kernels_
-from hf_sparse.runtime import ArrangedForm, Form, PackedForm, hold_, refuse_sparse, sparse_modules
+from hf_sparse.execution import is_transposed, use_sparse_kernels_
+from hf_sparse.runtime import ArrangedForm, Form, PackedForm, StackedForm, hold_, refuse_sparse
 from hf_sparse.runtime.choices import processor
 from hf_sparse.runtime.copies import in_modules, works
-from hf_sparse.runtime.table import KernelTable
+from hf_sparse.runtime.sources import InMemory, sample
+from hf_sparse.runtime.table import KernelRow, KernelTable
 from hf_sparse.runtime.timing import FEWEST, Times, clock_name, interleaved, read_bandwidth
 
 DENSE, CONTROL, SPARSE = "dense (torch)", "dense (own kernel)", "sparse"
@@ -134,13 +135,22 @@ def control_of(model: nn.Module, table: KernelTable) -> Any:
     control = shared_copy(model)
     for row in table.sparse:
         module = control.get_submodule(row.module)
-        hold_(module, ArrangedForm(native.arrange(_matrix(model, row.module).bfloat16())))
+        matrix = _source(model, row).matrix().bfloat16()
+        hold_(
+            module,
+            _arranged(matrix) if matrix.dim() == 2 else StackedForm(tuple(map(_arranged, matrix))),
+            row.parameter,
+        )
     return control
 
 
-def _matrix(model: nn.Module, name: str) -> torch.Tensor:
-    weight = model.get_submodule(name).weight.detach()  # type: ignore[union-attr,operator]
-    return weight if isinstance(model.get_submodule(name), nn.Linear) else weight.T
+def _arranged(matrix: torch.Tensor) -> ArrangedForm:
+    return ArrangedForm(native.arrange(matrix))
+
+
+def _source(model: nn.Module, row: KernelRow) -> InMemory:
+    module = model.get_submodule(row.module)
+    return InMemory(getattr(module, row.parameter).detach(), is_transposed(module))
 
 
 @dataclass(frozen=True)
@@ -156,11 +166,11 @@ class Case:
 def _cases(model: nn.Module, table: KernelTable) -> Iterator[Case]:
     seen = set()
     for row in table.sparse:
-        title = f"{row.shape[0]} x {row.shape[1]}, {100 * (row.sparsity or 0):.0f} % zeros"
+        title = f"{row.shape[-2]} x {row.shape[-1]}, {100 * (row.sparsity or 0):.0f} % zeros"
         if title not in seen:
             seen.add(title)
-            module = model.get_submodule(row.module)
-            yield Case(title, _matrix(model, row.module), not isinstance(module, nn.Linear), module.bias is not None)
+            module, source = model.get_submodule(row.module), _source(model, row)
+            yield Case(title, sample(source), source.transposed, getattr(module, "bias", None) is not None)
 
 
 def _kernels(case: Case, tokens: Sequence[int], seconds: float, bandwidth: float) -> Iterator[Measured]:
@@ -170,9 +180,7 @@ def _kernels(case: Case, tokens: Sequence[int], seconds: float, bandwidth: float
         forms[CONTROL] = lambda: ArrangedForm(native.arrange(rounded))
     forms[SPARSE] = lambda: PackedForm(native.pack(rounded))
     modules = in_modules(case.matrix, forms, transposed=case.transposed, bias=case.bias)
-    sizes = {
-        DENSE: case.matrix.nbytes, CONTROL: rounded.nbytes, SPARSE: next(sparse_modules(modules[SPARSE][0]))[1]._form.nbytes,
-    }  # fmt: skip
+    sizes = {DENSE: case.matrix.nbytes, CONTROL: rounded.nbytes, SPARSE: native.pack(rounded).nbytes}
     for number in tokens:
         times = interleaved(works(modules, case.matrix, number), seconds)
         for way, found in times.items():

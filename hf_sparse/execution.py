@@ -46,7 +46,7 @@ def use_sparse_kernels_(
             row, form = _decide(model, path, sites, None, wanted, choices)
             rows.append(row)
             if form is not None:
-                hold_(model.get_submodule(path[0]), form, rounds=round_weights)
+                hold_(model.get_submodule(path[0]), form, path[1], rounds=round_weights)
     finally:
         choices.save()
         guard_(model)
@@ -80,7 +80,7 @@ def sparse_forms(
         for path, sites in _matrices(find_sites(model).all()).items():
             name, module = ".".join(path), model.get_submodule(path[0])
             if name in stored:
-                source = InCheckpoint(stored[name], getattr(module, path[1]).dtype, _is_transposed(module))
+                source = InCheckpoint(stored[name], getattr(module, path[1]).dtype, is_transposed(module))
                 _, form = _decide(model, path, sites, source, wanted, choices)
                 forms |= {} if form is None else {name: form}
     finally:
@@ -91,7 +91,8 @@ def sparse_forms(
 def hold_forms_(model: nn.Module, forms: Mapping[str, Form], *, round_weights: bool = False, **options: Any) -> None:
     """Gives a model that was loaded what `sparse_forms` returned for the same options."""
     for name, form in forms.items():
-        hold_(model.get_submodule(name.rpartition(".")[0]), form, rounds=round_weights)
+        path, _, parameter = name.rpartition(".")
+        hold_(model.get_submodule(path), form, parameter, rounds=round_weights)
     guard_(model)
 
 
@@ -152,19 +153,19 @@ def _decide(
     """What is decided about one matrix, and the form that it gets; None of it leaves the matrix as it is."""
     module = model.get_submodule(path[0])
     names = tuple(site.name for site in sites)
-    if isinstance(module, SparseModule):
-        nbytes = module._form.shape[0] * module._form.shape[1] * module._dtype.itemsize
+    if isinstance(module, SparseModule) and path[1] in module._held:
+        held = module._held[path[1]]
         return KernelRow(
-            module=path[0], sites=names, shape=module._form.shape, sparsity=None, form=module._form.name, reason="as before",
-            dense_bytes=nbytes, bytes=module._form.nbytes,
+            module=path[0], sites=names, shape=held.shape, sparsity=None, form=held.name, reason="as before",
+            dense_bytes=torch.Size(held.shape).numel() * module._dtype.itemsize, bytes=held.nbytes, parameter=path[1],
         ), None  # fmt: skip
-    source: Source = stored or InMemory(getattr(module, path[1]).detach(), _is_transposed(module))
+    source: Source = stored or InMemory(getattr(module, path[1]).detach(), is_transposed(module))
     size = dense_bytes(source)
     row = KernelRow(
         module=path[0], sites=names, shape=matrix_shape(source), sparsity=source.zeros, form="dense", reason="",
-        dense_bytes=size, bytes=size,
+        dense_bytes=size, bytes=size, parameter=path[1],
     )  # fmt: skip
-    reason = _why_dense(model, module, source, wanted)
+    reason = _why_dense(model, module, path[1], source, wanted)
     if reason:
         return replace(row, reason=reason), None
     form: Form | None = semi_structured.form_of(source.matrix()) if source.device.type == "cuda" else None
@@ -176,12 +177,15 @@ def _decide(
             return row, None
     else:
         row = replace(row, reason="choose is 'always'")
-    form = form or replace(source.packed(), expands_from=expands)
+    form = form or source.packed(expands)
     return replace(row, form=form.name, bytes=form.nbytes), form
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    return type(module) in CLASSES and CLASSES[type(module)].transposed
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module keeps its weights as (in, out)."""
+    return bool(getattr(module, "is_transposed", False)) or (
+        type(module) in CLASSES and CLASSES[type(module)].transposed
+    )
 
 
 def _speedups(
@@ -199,12 +203,10 @@ def _speedups(
     return chosen, expands
 
 
-def _why_dense(model: nn.Module, module: nn.Module, source: Source, wanted: _Wanted) -> str:
-    if len(source.shape) != 2:
-        return "it holds all experts of a block, which the kernels do not take in this version"
+def _why_dense(model: nn.Module, module: nn.Module, name: str, source: Source, wanted: _Wanted) -> str:
     if source.zeros is None:
         return "its weights are offloaded; load the model into memory"
-    reason = why_not_module(module) or _why_shared(model, module)
+    reason = why_not_module(module, name) or _why_shared(model, module, name)
     if reason:
         return reason
     if source.zeros == 0:
@@ -212,31 +214,31 @@ def _why_dense(model: nn.Module, module: nn.Module, source: Source, wanted: _Wan
     if wanted.choose == "never":
         return "choose is 'never'"
     if source.device.type == "cuda":
-        return semi_structured.why_not(source.matrix())
+        return semi_structured.why_not(source.matrix()) if len(source.shape) == 2 else "it holds all experts of a block"
     if wanted.choose == "measured" and not native.available():
         return native.why_not()  # torch's own way is slower for certain, so nothing needs measuring
     return _why_not_on_cpu(source, wanted.round_weights)
 
 
-def _why_shared(model: nn.Module, module: nn.Module) -> str:
+def _why_shared(model: nn.Module, module: nn.Module, name: str) -> str:
     """Letting a tensor go that is another one as well would save nothing, and undo the tie."""
-    weight = module._parameters["weight"]
+    weight = module._parameters[name]
     if weight is None or weight.device.type == "meta":  # has no memory to compare
-        return _shared_with(name for name, other in _parameters(model, module) if other is weight)
+        return _shared_with(name for name, other in _parameters(model, module, name) if other is weight)
     memory = weight.untyped_storage().data_ptr()
     return _shared_with(
         name
-        for name, other in _parameters(model, module)
+        for name, other in _parameters(model, module, name)
         if other.device == weight.device and other.untyped_storage().data_ptr() == memory
     )
 
 
-def _parameters(model: nn.Module, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """All of a model, under all their names, but the weight of this module."""
-    for name, owner in model.named_modules():
-        for parameter_name, parameter in owner._parameters.items():
-            if parameter is not None and (owner is not module or parameter_name != "weight"):
-                yield f"{name}.{parameter_name}".removeprefix("."), parameter
+def _parameters(model: nn.Module, module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """All of a model, under all their names, but this one of this module."""
+    for path, owner in model.named_modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and (owner is not module or key != name):
+                yield f"{path}.{key}".removeprefix("."), parameter
 
 
 def _shared_with(names: Iterator[str]) -> str:

@@ -17,7 +17,7 @@ from hf_sparse.native import Packed, instruction_set, pack
 from hf_sparse.native.binary import load
 from hf_sparse.runtime.copies import in_modules, works
 from hf_sparse.runtime.forms import Form, PackedForm
-from hf_sparse.runtime.sources import Source, matrix_shape
+from hf_sparse.runtime.sources import Source, matrix_shape, sample
 from hf_sparse.runtime.timing import clock_name, interleaved
 
 VARIABLE = "HF_SPARSE_CACHE"  # a folder; unset is the user's own folder for caches
@@ -110,14 +110,14 @@ class Choices:
 
     def speedups(self, source: Source, tokens: tuple[int, ...], bias: bool = False) -> Speedups:
         """For a matrix with zeros, whose values are read only where something has to be measured."""
-        rows, columns = matrix_shape(source)
+        rows, columns = matrix_shape(source)[-2:]
         order, dtype = " transposed" if source.transposed else "", str(source.dtype).removeprefix("torch.")
         zeros = round((source.zeros or 0) * 20) * 5
         kind = f"{rows}x{columns}{order}{' bias' if bias else ''} {zeros}% {dtype}"
         keys = {count: [f"{kind} {count} {way}" for way in Speedup._fields] for count in tokens}
         missing = [count for count in tokens if not all(key in self._known for key in keys[count])]
         if missing:
-            measured = measure(source.matrix(), missing, source.transposed, bias)
+            measured = measure(sample(source), missing, source.transposed, bias)
             new = {key: speedup for count in missing for key, speedup in zip(keys[count], measured[count])}
             self._known |= new
             self._new |= new

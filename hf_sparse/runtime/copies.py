@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.runtime.forms import Form
-from hf_sparse.runtime.modules import hold_
+from hf_sparse.runtime.holding import hold_
 
 Works = Mapping[str, list[Callable[[], object]]]
 

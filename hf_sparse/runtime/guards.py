@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from hf_sparse.runtime.modules import moved_dtype, sparse_modules
+from hf_sparse.runtime.holding import sparse_modules
+from hf_sparse.runtime.modules import moved_dtype
 
 
 def guard_(model: nn.Module) -> None:
