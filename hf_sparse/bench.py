@@ -204,7 +204,7 @@ def _whole(ways: dict[str, Any], prompt: int, new_tokens: int, prefill: int, rou
     room = getattr(model.config, "max_position_embeddings", None) or prefill + 1
     works = [("generate", prompt, new_tokens), ("prefill", min(prefill, room - 1), 1)]
     for work, given, wanted in works:
-        rows = (torch.arange(given) % model.config.vocab_size)[None]
+        rows = (torch.arange(given, device="cpu") % model.config.vocab_size)[None]
         runs: dict[str, Any] = {way: [_generation(one, rows, wanted)] for way, one in ways.items()}
         times = interleaved(runs, 0.0, least=max(rounds, FEWEST))
         for way, found in times.items():

@@ -169,9 +169,9 @@ def _decide(
     if reason:
         return replace(row, reason=reason), None
     form: Form | None = semi_structured.form_of(source.matrix()) if source.device.type == "cuda" else None
-    expands: int | None = None
+    expands, bias = None, getattr(module, "bias", None) is not None
     if wanted.choose == "measured":
-        speedups, expands = _speedups(source, form, wanted.tokens, choices, getattr(module, "bias", None) is not None)
+        speedups, expands = _speedups(source, form, wanted.tokens, choices, bias)
         row = replace(row, reason=_measured(speedups, expands), speedups=speedups)
         if max(speedups.values()) < GAIN:
             return row, None

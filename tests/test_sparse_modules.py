@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import models
@@ -228,3 +229,15 @@ def test_tied_tensors_stay_tied() -> None:
     use_dense_kernels_(model)
     assert model.extra["tied"] is first.up_proj.weight
     assert list(sparse_modules(models.llama())) == []
+
+
+def test_models_that_were_loaded_compressed_are_guarded_too(tmp_path: Path) -> None:
+    model = pruned(dtype=torch.float32)
+    model.save_pretrained(tmp_path, sparse_format="bitmask")
+    options = {"choose": "always", "round_weights": True}
+    model = type(model).from_pretrained(tmp_path, dtype=torch.float32, use_sparse_kernels=options)
+    assert list(sparse_modules(model))
+    with pytest.raises(KernelError):
+        model.half()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model.load_state_dict({name: tensor + 0.001 for name, tensor in model.state_dict().items()})
