@@ -17,9 +17,11 @@ from hf_sparse.runtime.modules import CLASSES, SparseModule
 from hf_sparse.runtime.sources import InCheckpoint, InMemory, Source, dense_bytes, matrix_shape
 from hf_sparse.runtime.table import KernelRow, KernelTable
 from hf_sparse.sites import Site
+from hf_sparse.storage.names import forget_format
 
 CHOICES = ("measured", "always", "never")
 TOKENS = (1, 16, 512)
+NARROWEST = 16  # inputs: what is packed is padded to 32
 
 
 def use_sparse_kernels_(
@@ -130,6 +132,7 @@ def _wanted(choose: str, tokens: Sequence[int], round_weights: bool) -> _Wanted:
 
 def _check(model: nn.Module) -> None:
     config = getattr(model, "config", None)
+    forget_format(config)
     if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
         raise ModelError(
             "the model is quantized, and sparse kernels multiply plain bfloat16 weights; load it without quantization."
@@ -211,6 +214,8 @@ def _why_dense(model: nn.Module, module: nn.Module, name: str, source: Source, w
         return reason
     if source.zeros == 0:
         return "it holds no zeros"
+    if matrix_shape(source)[-1] < NARROWEST:
+        return f"it has less than {NARROWEST} inputs"
     if wanted.choose == "never":
         return "choose is 'never'"
     if source.device.type == "cuda":

@@ -28,6 +28,7 @@ from hf_sparse.runtime import (
     hold_,
     release_,
     semi_structured,
+    sources,
     sparse_modules,
 )
 from hf_sparse.runtime.choices import Choices
@@ -126,7 +127,11 @@ def test_a_module_stays_what_it_is() -> None:
     assert held.weight.dtype == torch.bfloat16
     assert held.weight.shape == (24, 40)
     assert torch.equal(held.weight + 0, dense.weight)
-    assert {name for name, _ in held.named_buffers()} == {"packed_masks", "packed_offsets", "packed_values"}
+    assert {name for name, _ in held.named_buffers()} == {
+        "weight_packed_masks",
+        "weight_packed_offsets",
+        "weight_packed_values",
+    }
 
 
 def test_state_dicts_go_both_ways() -> None:
@@ -143,7 +148,7 @@ def test_state_dicts_go_both_ways() -> None:
 def test_a_copy_has_weights_of_its_own() -> None:
     dense, held = linear()
     copied = copy.deepcopy(held)
-    held.packed_values.zero_()
+    held.weight_packed_values.zero_()
     assert torch.equal(copied.state_dict()["weight"], dense.weight)
 
 
@@ -153,7 +158,7 @@ def test_dtypes_that_the_kernels_know_are_no_hindrance() -> None:
     assert held.state_dict()["weight"].dtype == torch.float32
     x = torch.randn(4, 40)
     torch.testing.assert_close(held(x), dense.float()(x))
-    assert held.packed_values.dtype == torch.bfloat16
+    assert held.weight_packed_values.dtype == torch.bfloat16
 
 
 WRITES: dict[str, Callable[[Any], object]] = {
@@ -379,14 +384,16 @@ def test_measured_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_times_of_another_instruction_set_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    monkeypatch.setattr(choices, "measure", lambda weight, tokens: 2.0)
+    monkeypatch.setattr(
+        choices, "measure", lambda weight, tokens, *_: {count: choices.Speedup(2.0, 1.0) for count in tokens}
+    )
     for name in ("avx512", "amx", "amx"):
         monkeypatch.setattr(choices, "instruction_set", lambda name=name: name)
         known = Choices()
         found.append(len(known._known))
-        known.speedups(torch.zeros(8, 8), 0.5, (1,))
+        known.speedups(sources.InMemory(torch.zeros(8, 8), False), (1,))
         known.save()
-    assert found == [0, 0, 1]
+    assert found == [0, 0, 2]
 
 
 def test_without_compiled_kernels_nothing_is_packed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

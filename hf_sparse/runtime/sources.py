@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hf_sparse.errors import KernelError
 from hf_sparse.native import pack, pack_stored
 from hf_sparse.runtime.forms import PackedForm, StackedForm
 from hf_sparse.sites import count_zeros
@@ -131,4 +132,8 @@ class InCheckpoint:
         if self.transposed or len(self.shape) > 2:
             return packed_form(self.matrix(), expands_from)
         values, bitmask, _ = self.stored.parts()
-        return PackedForm(pack_stored(values.to(self.dtype).bfloat16(), bitmask, self.shape), expands_from)
+        try:
+            packed = pack_stored(values.to(self.dtype).bfloat16(), bitmask, self.shape)
+        except KernelError as error:
+            raise self.stored.damaged(str(error)) from None
+        return PackedForm(packed, expands_from)
