@@ -1,6 +1,7 @@
 """Lets a model in memory run on sparse kernels where they are faster, and back."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from hf_sparse.runtime.sources import InCheckpoint, InMemory, Source, dense_byte
 from hf_sparse.runtime.table import KernelRow, KernelTable
 from hf_sparse.sites import Site
 from hf_sparse.storage.names import forget_format
+
+Memory = tuple[str, int]  # device and address
 
 CHOICES = ("measured", "always", "never")
 TOKENS = (1, 16, 512)
@@ -38,8 +41,8 @@ def use_sparse_kernels_(
 
     Raises: ConfigError for an unknown choice or impossible numbers of tokens; ModelError for quantized models, or sharded ones.
     """
-    wanted = _wanted(choose, tokens, round_weights)
     model = checkpoint.unwrap(model)
+    wanted = _wanted(choose, tokens, round_weights, model)
     _check(model)
     choices, rows = Choices(), []
     inventory = find_sites(model)
@@ -76,7 +79,7 @@ def sparse_forms(
 
     `stored` are the `StoredTensor`s under the names that they have in the model; the rest is as with `use_sparse_kernels_`.
     """
-    wanted, choices = _wanted(choose, tokens, round_weights), Choices()
+    wanted, choices = _wanted(choose, tokens, round_weights, model), Choices()
     forms: dict[str, Form] = {}
     try:
         for path, sites in _matrices(find_sites(model).all()).items():
@@ -117,9 +120,10 @@ class _Wanted:
     choose: str
     tokens: tuple[int, ...]
     round_weights: bool
+    shared: Mapping[Memory, list[str]]  # of the model
 
 
-def _wanted(choose: str, tokens: Sequence[int], round_weights: bool) -> _Wanted:
+def _wanted(choose: str, tokens: Sequence[int], round_weights: bool, model: nn.Module | None = None) -> _Wanted:
     if choose not in CHOICES:
         raise ConfigError(unknown("choose", choose, CHOICES))
     counts = tuple(tokens)
@@ -127,7 +131,7 @@ def _wanted(choose: str, tokens: Sequence[int], round_weights: bool) -> _Wanted:
         raise ConfigError(
             f"tokens must be one or more numbers of at least 1, such as (1, 16, 512); given is {tokens!r}."
         )
-    return _Wanted(choose, counts, round_weights)
+    return _Wanted(choose, counts, round_weights, {} if model is None else _shared(model))
 
 
 def _check(model: nn.Module) -> None:
@@ -168,7 +172,7 @@ def _decide(
         module=path[0], sites=names, shape=matrix_shape(source), sparsity=source.zeros, form="dense", reason="",
         dense_bytes=size, bytes=size, parameter=path[1],
     )  # fmt: skip
-    reason = _why_dense(model, module, path[1], source, wanted)
+    reason = _why_dense(module, path, source, wanted)
     if reason:
         return replace(row, reason=reason), None
     form: Form | None = semi_structured.form_of(source.matrix()) if source.device.type == "cuda" else None
@@ -206,10 +210,10 @@ def _speedups(
     return chosen, expands
 
 
-def _why_dense(model: nn.Module, module: nn.Module, name: str, source: Source, wanted: _Wanted) -> str:
+def _why_dense(module: nn.Module, path: tuple[str, str], source: Source, wanted: _Wanted) -> str:
     if source.zeros is None:
         return "its weights are offloaded; load the model into memory"
-    reason = why_not_module(module, name) or _why_shared(model, module, name)
+    reason = why_not_module(module, path[1]) or _why_shared(wanted.shared, path, module._parameters[path[1]])  # type: ignore[arg-type]
     if reason:
         return reason
     if source.zeros == 0:
@@ -225,29 +229,27 @@ def _why_dense(model: nn.Module, module: nn.Module, name: str, source: Source, w
     return _why_not_on_cpu(source, wanted.round_weights)
 
 
-def _why_shared(model: nn.Module, module: nn.Module, name: str) -> str:
-    """Letting a tensor go that is another one as well would save nothing, and undo the tie."""
-    weight = module._parameters[name]
-    if weight is None or weight.device.type == "meta":  # has no memory to compare
-        return _shared_with(name for name, other in _parameters(model, module, name) if other is weight)
-    memory = weight.untyped_storage().data_ptr()
-    return _shared_with(
-        name
-        for name, other in _parameters(model, module, name)
-        if other.device == weight.device and other.untyped_storage().data_ptr() == memory
-    )
+def _memory(parameter: torch.Tensor) -> Memory:
+    """What two parameters have in common that are tied; those on the meta device have no memory to compare."""
+    if parameter.device.type == "meta":
+        return "meta", id(parameter)
+    return str(parameter.device), parameter.untyped_storage().data_ptr()
 
 
-def _parameters(model: nn.Module, module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """All of a model, under all their names, but this one of this module."""
+def _shared(model: nn.Module) -> dict[Memory, list[str]]:
+    """The names of a model's parameters by their memory, where several lie in one."""
+    found: dict[Memory, list[str]] = defaultdict(list)
     for path, owner in model.named_modules():
-        for key, parameter in owner._parameters.items():
-            if parameter is not None and (owner is not module or key != name):
-                yield f"{path}.{key}".removeprefix("."), parameter
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                found[_memory(parameter)].append(f"{path}.{name}".removeprefix("."))
+    return {memory: names for memory, names in found.items() if len(names) > 1}
 
 
-def _shared_with(names: Iterator[str]) -> str:
-    name = next(names, None)
+def _why_shared(shared: Mapping[Memory, list[str]], path: tuple[str, str], weight: torch.Tensor) -> str:
+    """Letting a tensor go that is another one as well would save nothing, and undo the tie."""
+    own = ".".join(path).removeprefix(".")
+    name = next((name for name in shared.get(_memory(weight), ()) if name != own), None)
     return f"it is the same tensor as {name}" if name is not None else ""
 
 
