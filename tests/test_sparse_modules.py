@@ -105,7 +105,7 @@ def test_a_weight_as_input() -> None:
 
 def test_lazy_weights_are_loaded() -> None:
     (dense, held), (_, other) = linear(), linear()
-    other.packed_values.zero_()
+    other.weight_packed_values.zero_()
     other.load_state_dict({"weight": held.weight, "bias": held.bias})
     assert torch.equal(other.state_dict()["weight"], dense.weight)
 
