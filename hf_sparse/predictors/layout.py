@@ -31,9 +31,7 @@ class Layout(Serialisable):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()
-        }
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()}
 
     @classmethod
     def of(cls, model: nn.Module, dense_blocks: Sequence[int] = (0,), neuron_block: int = 1) -> Self:

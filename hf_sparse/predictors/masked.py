@@ -43,7 +43,9 @@ def masked(
     if prompt not in ("dense", "masked"):
         raise ConfigError(unknown("prompt", prompt, ("dense", "masked")))
     if model.training:
-        raise ModelError("predictors do not run in training mode, their choices have no gradient; call model.eval() first.")
+        raise ModelError(
+            "predictors do not run in training mode, their choices have no gradient; call model.eval() first."
+        )
     if getattr(model, _MARK, False):
         raise ModelError("predictors are already on; leave the first `with` before another.")
     running = Masked(model, predictor, selection, refresh_every, prompt)
@@ -65,6 +67,7 @@ class Masked:
         self.layout = predictor.layout
         self.units = self.layout.units(model)
         self.masks: dict[int, Scores] = {}  # position in the layout -> masks of the last pass
+        self.scores: dict[int, Scores] = {}  # what they were chosen by
         self._every, self._prompt = every, prompt
         self._start, self._on, self._dense_pass = 0, False, False
         self._held: dict[tuple[int, str], torch.Tensor] = {}  # last scores that were used, one row for each sequence
@@ -81,7 +84,9 @@ class Masked:
         for kind in ("neurons", "heads"):
             keep = getattr(self.selection, f"keep_{kind}")
             if keep != 1 and kind not in told:
-                raise ConfigError(f"keep_{kind}={keep!r} needs a predictor that tells {kind}; this one tells {sorted(told)}.")
+                raise ConfigError(
+                    f"keep_{kind}={keep!r} needs a predictor that tells {kind}; this one tells {sorted(told)}."
+                )
             self.selection.kept(self.layout, kind)
         one_by_one = gated or len(self.predictor.reads()) > 1
         if self.selection.needs_all_blocks() and one_by_one:
@@ -119,6 +124,7 @@ class Masked:
         if self._start == 0:
             self._held.clear()
         self.masks.clear()
+        self.scores.clear()
         if self._scorer is not None and self._on:
             self._look_at_dense(args, kwargs)
 
@@ -159,8 +165,9 @@ class Masked:
             if self._off() or block.gate is None:
                 return
             gates = activation(rows_of(product.detach(), block.gate)).view(*product.shape[:-1], -1)
-            scores = Scores(self.predictor.gate_scores(position, gates), None)  # type: ignore[operator]
-            chosen = self.selection.choose(self.layout, position, self._refreshed(position, scores))
+            scores = self._refreshed(position, Scores(self.predictor.gate_scores(position, gates), None))  # type: ignore[operator]
+            chosen = self.selection.choose(self.layout, position, scores)
+            self.scores[position] = Scores(scores.neurons, self.scores.get(position, _NOTHING).heads)
             self.masks[position] = Scores(chosen.neurons, self.masks.get(position, _NOTHING).heads)
 
         return look
@@ -191,6 +198,7 @@ class Masked:
 
     def _tell(self, scores: dict[int, Scores]) -> None:
         fresh = {position: self._refreshed(position, found) for position, found in scores.items()}
+        self.scores.update(fresh)
         if self.selection.needs_all_blocks():
             chosen = self.selection.choose_all([fresh[position] for position in sorted(fresh)], self.predictor.scales)
             self.masks.update(dict(zip(sorted(fresh), chosen)))
@@ -202,7 +210,12 @@ class Masked:
         """The scores that hold at every token: those of the last token at which a choice is made."""
         if self._every == 1:
             return scores
-        return Scores(*[None if value is None else self._hold((position, kind), value) for kind, value in zip(("neurons", "heads"), scores)])
+        return Scores(
+            *[
+                None if value is None else self._hold((position, kind), value)
+                for kind, value in zip(("neurons", "heads"), scores)
+            ]
+        )
 
     def _hold(self, key: tuple[int, str], scores: torch.Tensor) -> torch.Tensor:
         held = self._held.get(key)

@@ -28,7 +28,7 @@ class LowRank(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = nn.functional.rms_norm(hidden.to(self.first.weight.dtype), hidden.shape[-1:])
-        return self.second(nn.functional.silu(self.first(normed)))
+        return self.second(torch.tanh(self.first(normed)))
 
 
 class Predictor(nn.Module):
@@ -102,7 +102,8 @@ class Shadow(Predictor):
     def __init__(self, layout: Layout, criterion: str, statistics: Statistics, options: Mapping[str, Any]) -> None:
         super().__init__(layout, criterion, statistics, options)
         start = torch.cat([self.start(statistics, position) for position in range(len(layout.blocks))])
-        self.network = LowRank(layout.hidden_size, rank_of(self.options), start)
+        if len(start):
+            self.network = LowRank(layout.hidden_size, rank_of(self.options), start)
 
     def forward(self, block: int, hidden: torch.Tensor) -> dict[int, Scores]:
         widths = [sum(self.widths(position)) for position in range(len(self.layout.blocks))]
@@ -187,9 +188,6 @@ class GateFirst(Shadow):
 
     def reads(self) -> dict[int, tuple[int, ...]]:
         return super().reads() if self.tells else {}
-
-    def weight_count(self) -> int:
-        return super().weight_count() if self.tells else 0
 
     def gate_scores(self, position: int, activated: torch.Tensor) -> torch.Tensor:
         """Scores of neurons from their gate behind its activation function."""

@@ -141,8 +141,8 @@ class _Writer:
         blocks = find_blocks(model)
         for block in self._about.inputs:
             yield blocks[block].module.register_forward_pre_hook(self._look_in(block), with_kwargs=True)
-        for at, block in enumerate(unit for unit in self._units if unit.gate):
-            yield module_of(model, block.up).register_forward_hook(self._look_up(at, block))
+        for at, unit in enumerate(unit for unit in self._units if unit.gate):
+            yield module_of(model, unit.up).register_forward_hook(self._look_up(at, unit))
 
     def _look_in(self, block: int) -> Any:
         def look(_: nn.Module, args: Any, kwargs: Any) -> None:

@@ -37,6 +37,14 @@ class Selection(Serialisable):
             share("floor", self.floor)
         if self.mode == "global" and not (_single(self.keep_neurons) and _single(self.keep_heads)):
             raise ConfigError('selection "global" takes one share for all blocks; give a number, or selection="block".')
+        self._check_floor()
+
+    def _check_floor(self) -> None:
+        for name in ("keep_neurons", "keep_heads"):
+            if self.mode == "global" and getattr(self, name) < self.floor:
+                raise ConfigError(
+                    f"floor={self.floor!r} is more than {name}={getattr(self, name)!r}; give a floor of at most that."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()}
@@ -66,7 +74,9 @@ class Selection(Serialisable):
         """Masks of one block from its scores; None where nothing is skipped."""
         masks = [
             None if values is None or count == values.shape[-1] else top(values, count)
-            for values, count in zip(scores, (self.kept(layout, "neurons")[position], self.kept(layout, "heads")[position]))
+            for values, count in zip(
+                scores, (self.kept(layout, "neurons")[position], self.kept(layout, "heads")[position])
+            )
         ]
         return Scores(*masks)
 
@@ -112,5 +122,7 @@ def by_block(layout: Layout, given: Mapping[int, float], otherwise: float) -> tu
     """Shares in the order that `Selection` takes, from a mapping of block numbers."""
     wrong = [number for number in given if number not in layout.blocks]
     if wrong:
-        raise ConfigError(f"blocks {wrong} skip nothing, so they take no share; those that skip are {list(layout.blocks)}.")
+        raise ConfigError(
+            f"blocks {wrong} skip nothing, so they take no share; those that skip are {list(layout.blocks)}."
+        )
     return tuple(given.get(number, otherwise) for number in layout.blocks)

@@ -35,7 +35,9 @@ class Statistics:
 
     neurons: list[torch.Tensor]  # mean of the criterion (blocks of neurons,)
     heads: list[torch.Tensor]  # (heads,)
-    up: list[torch.Tensor]  # root mean square of what the gate is multiplied by (neurons,); empty where nothing is gated
+    up: list[
+        torch.Tensor
+    ]  # root mean square of what the gate is multiplied by (neurons,); empty where nothing is gated
 
     def scales(self) -> torch.Tensor:
         """Mean of the criterion in every block, for neurons and for heads: targets are divided by it. (blocks, 2)"""
@@ -55,14 +57,14 @@ class Traces:
             self.about = About(**{**fields, "inputs": tuple(fields["inputs"]), "sequences": tuple(fields["sequences"])})
             saved = load_file(self.folder / STATISTICS)
         except (OSError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{str(folder)!r} holds no traces that can be read ({error}); record them anew.") from error
+            raise CheckpointError(
+                f"{str(folder)!r} holds no traces that can be read ({error}); record them anew."
+            ) from error
         self.layout = Layout.from_dict(self.about.layout)
         count = len(self.layout.blocks)
-        gated = "up.0" in saved
-        self.statistics = Statistics(
-            *[[saved[f"{name}.{at}"] for at in range(count)] for name in ("neurons", "heads")],
-            [saved[f"up.{at}"] for at in range(count)] if gated else [],
-        )
+        neurons, heads = ([saved[f"{name}.{at}"] for at in range(count)] for name in ("neurons", "heads"))
+        up = [saved[f"up.{at}"] for at in range(count)] if "up.0" in saved else []
+        self.statistics = Statistics(neurons, heads, up)
         self.stored_scales = saved["stored_scales"]  # (blocks, 2): the files hold values divided by these
 
     def __len__(self) -> int:
@@ -79,7 +81,9 @@ class Traces:
     def _array(self, name: str) -> numpy.ndarray[Any, Any]:
         path = self.folder / f"{name}.npy"
         if not path.is_file():
-            raise CheckpointError(f"the traces in {str(self.folder)!r} hold no {name}; recorded inputs: {list(self.about.inputs)}.")
+            raise CheckpointError(
+                f"the traces in {str(self.folder)!r} hold no {name}; recorded inputs: {list(self.about.inputs)}."
+            )
         return numpy.load(path, mmap_mode="r", allow_pickle=False)
 
 

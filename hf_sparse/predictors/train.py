@@ -35,7 +35,9 @@ class Training(Serialisable):
         whole("seed", self.seed, 0)
         share("held_out", self.held_out)
         if not self.learning_rate > 0:
-            raise ConfigError(f"learning_rate={self.learning_rate!r} is not allowed; give a number above 0, such as 3e-3.")
+            raise ConfigError(
+                f"learning_rate={self.learning_rate!r} is not allowed; give a number above 0, such as 3e-3."
+            )
 
 
 def train(
@@ -166,5 +168,5 @@ def _arguments(training: Training, folder: str) -> Any:
         eval_strategy="epoch", save_strategy="epoch", save_total_limit=1, save_only_model=True,
         load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False, prediction_loss_only=True,
         label_names=["targets"], logging_strategy="epoch", report_to=[], seed=training.seed,
-        disable_tqdm=not logging.is_progress_bar_enabled(), remove_unused_columns=False,
+        disable_tqdm=not logging.is_progress_bar_enabled(), remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip

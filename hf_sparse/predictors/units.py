@@ -95,7 +95,9 @@ def _refuse_others(model: nn.Module) -> None:
 def _units(model: nn.Module, block: Block, inventory: Inventory) -> BlockUnits:
     sites = inventory.sites[block.index]
     routed = [site.name for site in sites if site.expert is not None or site.stacked is not None]
-    routers = [name for name, why in inventory.left_out.items() if name.startswith(block.name + ".") and "router" in why]
+    routers = [
+        name for name, why in inventory.left_out.items() if name.startswith(block.name + ".") and "router" in why
+    ]
     if routed or routers:
         raise ModelError(
             f"{block.name} is a mixture of experts ({(routed or routers)[0]}): its router already chooses what a token "

@@ -44,7 +44,9 @@ class Scorer:
 
     def score(self, block: BlockUnits, fields: dict[str, torch.Tensor], done: Done) -> None:
         """The criterion on what was recorded of a block."""
-        missing = {need for need in self.criterion.needs if need not in fields} - ({"gate_gradient"} if not block.gate else set())
+        missing = {need for need in self.criterion.needs if need not in fields} - (
+            {"gate_gradient"} if not block.gate else set()
+        )
         if missing:
             raise ModelError(
                 f"{block.name} ran without calling the modules that show {', '.join(sorted(missing))}; "
@@ -68,7 +70,9 @@ class _Watch:
         model, scorer = self._scorer.model, self._scorer
         handles = [
             module_of(model, block.down).register_forward_pre_hook(self._input(block, "activation", ())),
-            module_of(model, block.o).register_forward_pre_hook(self._input(block, "heads", (block.heads, block.head_size))),
+            module_of(model, block.o).register_forward_pre_hook(
+                self._input(block, "heads", (block.heads, block.head_size))
+            ),
             module_of(model, block.up).register_forward_pre_hook(self._input(block, "input", ())),
         ]
         outputs = {id(module_of(model, site)): module_of(model, site) for site in (block.up, block.gate) if site}
@@ -102,7 +106,11 @@ class _Watch:
     def _output(self, block: BlockUnits, module: nn.Module) -> Callable[..., Any]:
         model = self._scorer.model
         sites = {"up_gradient": block.up, "gate_gradient": block.gate}
-        here = {name: site for name, site in sites.items() if site and name in self._needs and module_of(model, site) is module}
+        here = {
+            name: site
+            for name, site in sites.items()
+            if site and name in self._needs and module_of(model, site) is module
+        }
 
         def look(_: nn.Module, args: tuple[Any, ...], product: torch.Tensor) -> Any:
             before = block.before_activation

@@ -4,9 +4,7 @@ from hf_sparse.predictors.criteria import Scores, Seen
 from hf_sparse.registry import CRITERIA
 
 
-@CRITERIA.register(
-    "gradnorm", source="arXiv 2406.16635, section 4", needs=("activation_gradient", "heads_gradient")
-)
+@CRITERIA.register("gradnorm", source="arXiv 2406.16635, section 4", needs=("activation_gradient", "heads_gradient"))
 def gradnorm(seen: Seen) -> Scores:
     """Norm of the loss's gradient at the unit: |dL/dz_i|, and ||dL/da_h|| for heads.
 
