@@ -1,7 +1,6 @@
 """Networks learn what traces show, tell the same after saving, and a seed gives the same predictor."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def traces(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Traces]:
+def traces(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Traces:
     return traced(model, tmp_path_factory.mktemp("traces"), token_rows(24, 24))
 
 
