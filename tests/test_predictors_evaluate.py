@@ -35,8 +35,11 @@ def predictors(model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     rows, quick = token_rows(24, 24), Training(epochs=4, batch_size=32, learning_rate=1e-2)
     traces = traced(model, tmp_path_factory.mktemp("magnitude"), rows)
     labelled = traced(model, tmp_path_factory.mktemp("plainact"), rows, criterion="plainact")
-    found = {kind: [train(model, traces, kind, quick)] for kind in ("dejavu", "gate_first", "static", "oracle")}
-    found["shadow"] = [train(model, traces, "shadow", Training(**{**quick.to_dict(), "seed": seed})) for seed in (0, 1)]
+    found = {kind: [train(model, traces, kind)] for kind in ("static", "oracle")}
+    found |= {kind: [train(model, traces, kind, quick, rank=32)] for kind in ("dejavu", "gate_first")}
+    found["shadow"] = [
+        train(model, traces, "shadow", Training(**{**quick.to_dict(), "seed": seed}), rank=32) for seed in (0, 1)
+    ]
     found["plainact"] = [train(model, labelled, "oracle")]
     return found
 

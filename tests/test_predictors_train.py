@@ -9,10 +9,12 @@ import safetensors.torch
 import torch
 from models import token_rows
 from predictor_cases import small_llama, traced
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse.errors import CalibrationError, CheckpointError, ConfigError
-from hf_sparse.predictors.networks import KINDS, Predictor, from_tensors
-from hf_sparse.predictors.traces import Traces
+from hf_sparse.predictors.layout import Layout
+from hf_sparse.predictors.networks import KINDS, Predictor, from_tensors, rank_for
+from hf_sparse.predictors.traces import Statistics, Traces
 from hf_sparse.predictors.train import Training, _put_together, train
 
 pytestmark = pytest.mark.usefixtures("little_garbage")
@@ -45,7 +47,9 @@ def error(predictor: Predictor, traces: Traces) -> float:
 
 @pytest.mark.parametrize("kind", ["shadow", "dejavu"])
 def test_training_beats_the_average(model: Any, traces: Traces, kind: str) -> None:
-    assert error(train(model, traces, kind, QUICK), traces) < 0.8 * error(train(model, traces, "static"), traces)
+    assert error(train(model, traces, kind, QUICK, rank=32), traces) < 0.8 * error(
+        train(model, traces, "static"), traces
+    )
 
 
 @pytest.mark.parametrize("kind", ["shadow", "dejavu"])
@@ -90,7 +94,7 @@ def test_it_stops_when_held_out_tokens_get_no_better(
         return own(self)
 
     monkeypatch.setattr(transformers.Trainer, "train", kept)
-    train(model, traces, "shadow", Training(epochs=60, batch_size=16, learning_rate=0.1, patience=1))
+    train(model, traces, "shadow", Training(epochs=60, batch_size=16, learning_rate=0.1, patience=1), rank=32)
     (state,) = [trainer.state for trainer in trainers]
     assert state.epoch < 60
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -178,6 +182,28 @@ def test_neurons_in_blocks_make_the_network_smaller(model: Any, tmp_path: Path) 
     predictor = train(model, traces, "shadow", Training(epochs=1), rank=8)
     assert predictor.weight_count() == 32 * 8 + 8 + 8 * 14 + 14
     assert predictor(1, torch.randn(2, 32))[0].neurons.shape == (2, 3)
+
+
+SIZES = {
+    "100M": {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12},
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("neuron_block", [1, 32])
+@pytest.mark.parametrize("kind", ["shadow", "dejavu", "gate_first"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_that_nobody_gave_keeps_the_predictor_small(size: str, kind: str, neuron_block: int) -> None:
+    with torch.device("meta"):
+        large = LlamaForCausalLM(LlamaConfig(vocab_size=32000, **SIZES[size]))
+    layout = Layout.of(large, neuron_block=neuron_block)
+    weights = sum(parameter.numel() for parameter in large.parameters())
+    blank = Statistics([torch.ones(n) for n in layout.groups], [torch.ones(n) for n in layout.heads], [])
+    rank = rank_for(weights, layout, kind)
+    share = KINDS[kind](layout, "magnitude", blank, {"rank": rank}).weight_count() / weights
+    assert 0 < share <= 0.03
+    assert rank % 8 == 0
+    assert rank >= 40
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,10 @@ class Layout(Serialisable):
     @classmethod
     def of(cls, model: nn.Module, dense_blocks: Sequence[int] = (0,), neuron_block: int = 1) -> Self:
         """The layout of a model whose `dense_blocks` skip nothing."""
-        units = find_units(model)
+        return cls._of(model, find_units(model), dense_blocks, neuron_block)
+
+    @classmethod
+    def _of(cls, model: nn.Module, units: list[BlockUnits], dense_blocks: Sequence[int], neuron_block: int) -> Self:
         wrong = [number for number in dense_blocks if not 0 <= number < len(units)]
         if wrong or len(set(dense_blocks)) == len(units):
             raise ConfigError(
@@ -63,7 +66,9 @@ class Layout(Serialisable):
 
     def units(self, model: nn.Module) -> list[BlockUnits]:
         """The units of the blocks that skip; ModelError where the model is not the one that the layout was made for."""
-        found = Layout.of(model, self.dense_blocks if self._fits_blocks(model) else (), self.neuron_block)
+        units = find_units(model)
+        same = len(units) == self.total_blocks
+        found = Layout._of(model, units, self.dense_blocks if same else (), self.neuron_block)
         differing = [name for name in self.to_dict() if getattr(self, name) != getattr(found, name)]
         if differing:
             told = "; ".join(
@@ -74,10 +79,7 @@ class Layout(Serialisable):
                 f"the predictors were made for another model ({one_line(self.model)} there, {found.model} here): {told}. "
                 "Train predictors for this model."
             )
-        return [block for block in find_units(model) if block.index in self.blocks]
-
-    def _fits_blocks(self, model: nn.Module) -> bool:
-        return len(find_units(model)) == self.total_blocks
+        return [block for block in units if block.index in self.blocks]
 
     def group(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of every block of neurons along the last dimension."""

@@ -1,6 +1,6 @@
 """The kinds of predictors: networks that tell scores from hidden states, fixed scores, the gate itself, and the true criterion."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from hf_sparse.predictors.criteria import Scores, criterion_of
 from hf_sparse.predictors.layout import Layout
 from hf_sparse.predictors.traces import Statistics
 
-DEFAULT_RANK = 32
+LARGEST_SHARE = 0.03  # of the model's weights, for a rank that nobody gave
 TELLS = ("neurons", "heads")
 
 
@@ -202,9 +202,22 @@ _OPTIONS = {
 
 
 def rank_of(options: Mapping[str, Any]) -> int:
-    rank = options.get("rank", DEFAULT_RANK)
+    """The rank of the networks, which a trained predictor always has among its options."""
+    rank = options.get("rank")
     whole("rank", rank, 1)
-    return int(rank)
+    return int(rank)  # type: ignore[arg-type]
+
+
+def rank_for(weights: int, layout: Layout, kind: str, tells: Sequence[str] = TELLS) -> int:
+    """The largest rank, in steps of 8, with which a predictor has at most 3 % of a model's weights; at least 8.
+
+    Neurons in blocks make room for a larger one: the output layer is nearly all of a predictor.
+    """
+    told = "heads" in tells, "neurons" in tells and kind != "gate_first"
+    outputs = told[0] * sum(layout.heads) + told[1] * sum(layout.groups)
+    networks = len(layout.blocks) if kind == "dejavu" else 1
+    each = outputs + networks * (layout.hidden_size + 1)  # weights that a rank of one more adds
+    return max(8, min(layout.hidden_size, int((LARGEST_SHARE * weights - outputs) / each)) // 8 * 8)
 
 
 def kind_of(kind: str, options: Mapping[str, Any]) -> type[Predictor]:

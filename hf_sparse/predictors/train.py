@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from hf_sparse.config.serialise import Serialisable, share, whole
 from hf_sparse.errors import CalibrationError, ConfigError
-from hf_sparse.predictors.networks import TELLS, Predictor, kind_of
+from hf_sparse.predictors.networks import TELLS, Predictor, kind_of, rank_for
 from hf_sparse.predictors.traces import Traces
 from hf_sparse.predictors.units import BlockWeights
 
@@ -45,7 +45,7 @@ def train(
 ) -> Predictor:
     """A predictor of a kind for the model that the traces were recorded on; one without weights is only put together.
 
-    Options: `rank` (of the networks), `tells` (("neurons", "heads") or one of them), `look_ahead` (dejavu).
+    Options: `rank` (of the networks; default: what 3 % of the model's weights allow), `tells` (("neurons", "heads") or one of them), `look_ahead` (dejavu).
     """
     training = training or Training()
     with torch.random.fork_rng([]):
@@ -59,6 +59,9 @@ def train(
 def _put_together(model: nn.Module, traces: Traces, kind: str, options: dict[str, Any]) -> Predictor:
     made, layout, statistics = kind_of(kind, options), traces.layout, traces.statistics
     units = layout.units(model)
+    if made.trained and "rank" not in options:
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        options = {**options, "rank": rank_for(weights, layout, kind, options.get("tells", TELLS))}
     if kind != "gate_first":
         return made(layout, traces.about.criterion, statistics, options)
     if len(statistics.up) != len(units):
