@@ -168,7 +168,7 @@ def test_looking_ahead_needs_its_input_recorded(model: Any, traces: Traces) -> N
     [
         ("shadow", 32 * 8 + 8 + 8 * 104 + 104),
         ("dejavu", 2 * (32 * 8 + 8 + 8 * 52 + 52)),
-        ("gate_first", 32 * 8 + 8 + 8 * 8 + 8),
+        ("gate_first", 32 * 8 + 8 + 8 * 8 + 8 + 2 * 48),
         ("static", 0),
     ],
 )

@@ -30,12 +30,15 @@ def masked(
     *,
     refresh_every: int = 1,
     prompt: str = "dense",
+    softness: float | None = None,
 ) -> Iterator["Masked"]:
     """Inside, `model` skips the units that `predictor` leaves out; keys and values of all heads are still computed.
 
     `prompt="dense"`: a pass that starts a sequence skips nothing, later ones (which find a cache) do, each token by what it and
     the tokens before it say. `prompt="masked"`: every position is treated so, which is how a text is measured in one pass.
     Choices are made every `refresh_every` tokens, counted from the start of the sequence, and hold in between.
+
+    With `softness` gradients reach the predictor, as if a unit faded in over about that much of its (scaled) score.
 
     Raises: ModelError for a model in training mode, of another size, or with predictors already on.
     """
@@ -48,7 +51,7 @@ def masked(
         )
     if getattr(model, _MARK, False):
         raise ModelError("predictors are already on; leave the first `with` before another.")
-    running = Masked(model, predictor, selection, refresh_every, prompt)
+    running = Masked(model, predictor, selection, refresh_every, prompt, softness)
     handles = list(running.hooks())
     setattr(model, _MARK, True)
     try:
@@ -62,13 +65,16 @@ def masked(
 class Masked:
     """What is known during one pass of the model: where its tokens stand, and the masks of every block."""
 
-    def __init__(self, model: nn.Module, predictor: Predictor, selection: Selection, every: int, prompt: str) -> None:
+    def __init__(
+        self, model: nn.Module, predictor: Predictor, selection: Selection, every: int, prompt: str,
+        softness: float | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.predictor, self.selection = model, predictor.to(_device(model)), selection
         self.layout = predictor.layout
         self.units = self.layout.units(model)
         self.masks: dict[int, Scores] = {}  # position in the layout -> masks of the last pass
         self.scores: dict[int, Scores] = {}  # what they were chosen by
-        self._every, self._prompt = every, prompt
+        self._every, self._prompt, self._softness = every, prompt, softness
         self._start, self._on, self._dense_pass = 0, False, False
         self._held: dict[tuple[int, str], torch.Tensor] = {}  # last scores that were used, one row for each sequence
         self._thread = threading.get_ident()
@@ -166,7 +172,7 @@ class Masked:
                 return
             gates = activation(rows_of(product.detach(), block.gate)).view(*product.shape[:-1], -1)
             scores = self._refreshed(position, Scores(self.predictor.gate_scores(position, gates), None))  # type: ignore[operator]
-            chosen = self.selection.choose(self.layout, position, scores)
+            chosen = self._choose(position, scores)
             self.scores[position] = Scores(scores.neurons, self.scores.get(position, _NOTHING).heads)
             self.masks[position] = Scores(chosen.neurons, self.masks.get(position, _NOTHING).heads)
 
@@ -204,7 +210,13 @@ class Masked:
             self.masks.update(dict(zip(sorted(fresh), chosen)))
             return
         for position, found in fresh.items():
-            self.masks[position] = self.selection.choose(self.layout, position, found)
+            self.masks[position] = self._choose(position, found)
+
+    def _choose(self, position: int, scores: Scores) -> Scores:
+        masks = self.selection.choose(self.layout, position, scores)
+        if self._softness is None:
+            return masks
+        return Scores(*[None if mask is None else through(mask, s, self._softness) for mask, s in zip(masks, scores)])  # type: ignore[arg-type]
 
     def _refreshed(self, position: int, scores: Scores) -> Scores:
         """The scores that hold at every token: those of the last token at which a choice is made."""
@@ -227,6 +239,14 @@ class Masked:
         every = torch.cat([held, scores], -2).index_select(-2, latest.clamp_min(0))
         self._held[key] = every[..., -1:, :]
         return every
+
+
+def through(mask: torch.Tensor, scores: torch.Tensor, softness: float) -> torch.Tensor:
+    """The mask as numbers 0 and 1, with the gradient of a sigmoid around the border between kept and left out."""
+    low = scores.masked_fill(~mask, float("inf")).amin(-1, keepdim=True)
+    high = scores.masked_fill(mask, float("-inf")).amax(-1, keepdim=True)
+    soft = torch.sigmoid((scores - (low + high).detach() / 2) / softness)
+    return mask.to(scores.dtype) + soft - soft.detach()
 
 
 def _device(model: nn.Module) -> torch.device:

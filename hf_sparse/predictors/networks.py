@@ -189,6 +189,9 @@ class GateFirst(Shadow):
     def reads(self) -> dict[int, tuple[int, ...]]:
         return super().reads() if self.tells else {}
 
+    def weight_count(self) -> int:
+        return super().weight_count() + sum(self.layout.neurons)
+
     def gate_scores(self, position: int, activated: torch.Tensor) -> torch.Tensor:
         """Scores of neurons from their gate behind its activation function."""
         return self.layout.group(activated.float().abs() * getattr(self, f"gate_{position}"))
