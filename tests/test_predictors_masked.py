@@ -18,6 +18,11 @@ from hf_sparse.predictors.units import find_units, module_of
 
 HALF = Selection(keep_neurons=0.5, keep_heads=0.5)
 ALL = Selection(keep_neurons=1.0, keep_heads=1.0)
+CASES = [
+    *[(family, "shadow") for family in FAMILIES],
+    *[("llama", kind) for kind in KINDS if kind != "shadow"],
+    *[("phi3", "gate_first"), ("gemma", "gate_first"), ("gpt2", "oracle"), ("opt", "dejavu")],
+]
 
 
 def untrained(model: Any, folder: Path, kind: str = "shadow", neuron_block: int = 1, **options: Any) -> Predictor:
@@ -34,25 +39,19 @@ def logits(model: Any, rows: torch.Tensor, **settings: Any) -> torch.Tensor:
         return model(input_ids=rows, **settings).logits
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), CASES)
 def test_everything_kept_is_dense_exactly(family: str, kind: str, tmp_path: Path) -> None:
-    if kind == "gate_first" and not FAMILIES[family][2]:
-        pytest.skip("a plain feed-forward has no gate")
     model, rows = made(family), token_rows(2, 9, seed=5)
     dense = logits(model, rows)
     with masked(model, untrained(model, tmp_path, kind), ALL, prompt="masked"):
         assert torch.equal(logits(model, rows), dense)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), CASES)
 @pytest.mark.parametrize(
     "selection", [Selection(keep_neurons=0.5), Selection(keep_neurons=1.0, keep_heads=0.5)], ids=["neurons", "heads"]
 )
 def test_masks_have_an_effect_of_either_kind(family: str, kind: str, selection: Selection, tmp_path: Path) -> None:
-    if kind == "gate_first" and not FAMILIES[family][2]:
-        pytest.skip("a plain feed-forward has no gate")
     model, rows = made(family), token_rows(2, 9, seed=5)
     dense = logits(model, rows)
     with masked(model, untrained(model, tmp_path, kind), selection, prompt="masked"):
@@ -98,11 +97,11 @@ def test_blocks_that_are_dense_skip_nothing(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ causal
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["block", "global"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [*[(kind, "block") for kind in KINDS], *[(kind, "global") for kind in ("shadow", "static", "oracle")]],
+)
 def test_later_tokens_change_no_earlier_mask(kind: str, mode: str, tmp_path: Path) -> None:
-    if mode == "global" and kind in ("dejavu", "gate_first"):
-        pytest.skip("chooses block by block")
     model, at = small_llama(), 6
     one, other = token_rows(1, 12, seed=2), token_rows(1, 12, seed=2)
     other[:, at + 1 :] = token_rows(1, 12, seed=3)[:, at + 1 :]
@@ -163,10 +162,12 @@ def test_a_prompt_is_dense_and_what_follows_is_not(tmp_path: Path) -> None:
         assert running.masks[0].neurons.shape == (1, 1, 48)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate(beams: int, tmp_path: Path) -> None:
-    model, rows = small_llama(), token_rows(2, 5, seed=2)
-    settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
+@pytest.mark.parametrize(
+    "more", [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}], ids=str
+)
+def test_generate(more: dict[str, Any], tmp_path: Path) -> None:
+    model, rows = small_llama(), token_rows(1 if "prompt_lookup_num_tokens" in more else 2, 5, seed=2)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **more}
     dense = model.generate(rows, **settings)
     predictor = untrained(model, tmp_path)
     with masked(model, predictor, ALL):

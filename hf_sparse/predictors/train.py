@@ -60,8 +60,8 @@ def _put_together(model: nn.Module, traces: Traces, kind: str, options: dict[str
     made, layout, statistics = kind_of(kind, options), traces.layout, traces.statistics
     units = layout.units(model)
     if made.trained and "rank" not in options:
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        options = {**options, "rank": rank_for(weights, layout, kind, options.get("tells", TELLS))}
+        size = sum(parameter.numel() for parameter in model.parameters())
+        options = {**options, "rank": rank_for(size, layout, kind, options.get("tells", TELLS))}
     if kind != "gate_first":
         return made(layout, traces.about.criterion, statistics, options)
     if len(statistics.up) != len(units):
