@@ -1,6 +1,7 @@
 """Masked execution: dense where all is kept, causal, per sequence, refreshed when it says, and never without effect."""
 
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -175,6 +176,32 @@ def test_generate(more: dict[str, Any], tmp_path: Path) -> None:
     with masked(model, predictor, Selection(keep_neurons=0.1, keep_heads=0.25)):
         assert not torch.equal(model.generate(rows, **settings), dense)
     assert torch.equal(model.generate(rows, **settings), dense)
+
+
+def test_generating_in_another_thread(tmp_path: Path) -> None:
+    """As streamers do."""
+    model, rows, found = small_llama(), token_rows(1, 5, seed=2), []
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with masked(model, untrained(model, tmp_path), Selection(keep_neurons=0.1, keep_heads=0.25)):
+        worker = Thread(target=lambda: found.append(model.generate(rows, **settings)))
+        worker.start()
+        worker.join()
+        assert torch.equal(found[0], model.generate(rows, **settings))
+    assert not torch.equal(found[0], model.generate(rows, **settings))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, rows = small_llama().to(dtype), token_rows(2, 9, seed=5)
+    dense, predictor = logits(model, rows), untrained(model, tmp_path, kind)
+    with masked(model, predictor, ALL, prompt="masked"):
+        assert torch.equal(logits(model, rows), dense)
+    with masked(model, predictor, HALF, prompt="masked"):
+        sparse = logits(model, rows)
+    assert sparse.dtype == dtype
+    assert bool(sparse.isfinite().all())
+    assert not torch.equal(sparse, dense)
 
 
 def test_generating_without_a_cache_is_refused_since_it_would_be_dense(tmp_path: Path) -> None:

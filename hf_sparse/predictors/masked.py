@@ -1,6 +1,5 @@
 """Masked execution: a model computes everything and what is skipped is set to zero. Slow, exact, and the measure for faster ways."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,7 +76,6 @@ class Masked:
         self._every, self._prompt, self._softness = every, prompt, softness
         self._start, self._on, self._dense_pass = 0, False, False
         self._held: dict[tuple[int, str], torch.Tensor] = {}  # last scores that were used, one row for each sequence
-        self._thread = threading.get_ident()
         self._check()
         oracle = isinstance(predictor, Oracle)
         self._scorer = Scorer(model, self.units, criterion_of(predictor.criterion)) if oracle else None
@@ -184,7 +182,7 @@ class Masked:
             if mask is None:
                 return None
             values = args[0].unflatten(-1, (block.heads, block.head_size))
-            return ((values * mask.view(*values.shape[:-1], 1)).flatten(-2), *args[1:])
+            return ((values * mask.view(*values.shape[:-1], 1).to(values.dtype)).flatten(-2), *args[1:])
 
         return change
 
@@ -193,12 +191,12 @@ class Masked:
             mask = None if self._off() else self.masks.get(position, _NOTHING).neurons
             if mask is None:
                 return None
-            return (args[0] * self.layout.expand(mask, block.neurons).view(args[0].shape), *args[1:])
+            return (args[0] * self.layout.expand(mask, block.neurons).view(args[0].shape).to(args[0].dtype), *args[1:])
 
         return change
 
     def _off(self) -> bool:
-        return not self._on or self._dense_pass or threading.get_ident() != self._thread
+        return not self._on or self._dense_pass
 
     # ------------------------------------------------------------------------------------------------ choices
 
