@@ -136,3 +136,14 @@ def test_labels_given_decide_what_is_recorded(tmp_path: Path) -> None:
     rows = [{"input_ids": token_rows(1, 8), "labels": torch.tensor([[-100] * 5 + [7, 8, 9]])} for _ in range(3)]
     traces = record(small_llama(), rows, tmp_path, criterion="plainact", layout=Layout.of(small_llama()))
     assert traces.about.sequences == (3, 3, 3)
+
+
+def test_sequences_without_a_label_leave_nothing_behind(tmp_path: Path) -> None:
+    none = {"input_ids": token_rows(1, 60), "labels": torch.full((1, 60), -100)}
+    some = {"input_ids": token_rows(1, 60, seed=1), "labels": token_rows(1, 60, seed=1)}
+    model = small_llama()
+    traces = record(model, [none] * 20 + [some], tmp_path, criterion="plainact", layout=Layout.of(model))
+    assert len(traces) == 59
+    assert bool(torch.isfinite(traces.stored_scales).all())
+    assert bool(torch.from_numpy(traces.scores(0)[:].astype("float32")).isfinite().all())
+    assert bool(traces.statistics.neurons[0].isfinite().all())

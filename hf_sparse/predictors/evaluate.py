@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_sparse.calibrate import limits_of, ready, tokenizer_of
-from hf_sparse.data import Batch, batches, read_samples, tokens_of
+from hf_sparse.data import Batch, batches, fingerprint, read_samples, tokens_of
 from hf_sparse.errors import CalibrationError, ConfigError
 from hf_sparse.evaluate import batch_loss, versions_in_words
 from hf_sparse.predictors.agreement import agreement
@@ -57,7 +57,7 @@ def read_batches(
     if any("input_ids" not in row for row in rows):
         raise CalibrationError(f"predictors are measured on token ids; {samples.source} holds {sorted(rows[0])}.")
     size = max(1, _TOKENS_AT_ONCE // max(tokens_of(row) for row in rows))
-    about = {"text": samples.source, "windows": len(rows), "fingerprint": samples.fingerprint}
+    about = {"text": samples.source, "windows": len(rows), "fingerprint": fingerprint(rows)}
     return batches(rows, size), about
 
 
