@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import token_rows
 from predictor_cases import small_llama, traced
 
@@ -18,7 +19,7 @@ from hf_sparse.predictors.train import Training, train
 pytestmark = pytest.mark.usefixtures("little_garbage")
 ROWS = token_rows(16, 16, seed=3)
 HALF = Selection(keep_neurons=0.5, keep_heads=0.5)
-QUICK = Distillation(steps=40, batch_size=8, learning_rate=1e-2, shares=(0.5,))
+QUICK = Distillation(steps=40, batch_size=8, learning_rate=1e-2, shares=(0.5,), patience=9)
 
 
 def divergence(model: Any, predictor: Predictor) -> float:
@@ -81,6 +82,26 @@ def test_sequences_of_several_lengths_are_refused(tmp_path: Path) -> None:
 def test_settings_check_themselves(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Distillation(**fields)
+
+
+def test_what_it_learns_by_heart_is_not_kept(tmp_path: Path) -> None:
+    """Of the checks it keeps the one that is best on sequences held out, and stops when they get worse."""
+    model, rows = small_llama(), token_rows(12, 16, seed=3)
+    start = train(model, traced(model, tmp_path, rows), "shadow", Training(epochs=1), rank=16)
+    settings = Distillation(steps=400, batch_size=8, learning_rate=0.3, shares=(0.5,), check_every=2, patience=1)
+    ran: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        own = transformers.Trainer.train
+        patch.setattr(transformers.Trainer, "train", lambda self: (own(self), ran.append(self.state.global_step)))
+        distill(model, start, rows, distillation=settings)
+    assert ran[0] < 400
+
+
+def test_one_sequence_is_too_few(tmp_path: Path) -> None:
+    model = small_llama()
+    start = train(model, traced(model, tmp_path), "shadow", Training(epochs=1))
+    with pytest.raises(CalibrationError, match="give at least 2"):
+        distill(model, start, token_rows(1, 16))
 
 
 def test_settings_come_back_from_json() -> None:

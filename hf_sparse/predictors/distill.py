@@ -29,15 +29,19 @@ class Distillation(Serialisable):
     learning_rate: float = 1e-3
     shares: tuple[float, ...] = (0.25, 0.5, 0.75)  # one is drawn in each step: the predictor shall serve them all
     softness: float = 0.1  # of the border between kept and left out, in scaled scores
+    held_out: float = 0.1  # share of the sequences, the last ones, that decide which step's predictor is the best
+    check_every: int = 10  # steps
+    patience: int = 3  # checks without a better divergence on them
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "check_every", "patience"):
             whole(name, getattr(self, name), 1)
         whole("seed", self.seed, 0)
         object.__setattr__(self, "shares", tuple(self.shares))
         for one in self.shares:
             share("shares", one)
+        share("held_out", self.held_out)
         for name in ("learning_rate", "softness"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed; give a number above 0.")
@@ -59,6 +63,7 @@ def distill(
 
     Neurons and heads are masked together, as far as the predictor tells them. The gradient passes through the whole model, so
     this takes the memory of training it on `batch_size` sequences, without an optimizer's. The model itself stays as it is.
+    A predictor soon learns few sequences by heart: give several times as many as traces take, such as text of the model's own.
     """
     settings = distillation or Distillation()
     if not predictor.trained or not predictor.tells:
@@ -113,31 +118,50 @@ class _Student(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         (model,) = self._model
-        kept = self._draw.choice(self._settings.shares)
-        heads = kept if "heads" in self.predictor.tells else 1.0
-        neurons = kept if "neurons" in self.predictor.tells or self.predictor.kind == "gate_first" else 1.0
-        selection = Selection(keep_neurons=neurons, keep_heads=heads)
         ids = ids.to(next(model.parameters()).device)
         with torch.no_grad():
             dense = model(input_ids=ids).logits.float().log_softmax(-1)
-        with masked(model, self.predictor, selection, prompt="masked", softness=self._settings.softness):
+        shares = [self._draw.choice(self._settings.shares)] if self.training else self._settings.shares
+        return {"loss": torch.stack([self._divergence(model, ids, dense, kept) for kept in shares]).mean()}
+
+    def _divergence(self, model: nn.Module, ids: torch.Tensor, dense: torch.Tensor, kept: float) -> torch.Tensor:
+        heads = kept if "heads" in self.predictor.tells else 1.0
+        neurons = kept if "neurons" in self.predictor.tells or self.predictor.kind == "gate_first" else 1.0
+        selection = Selection(keep_neurons=neurons, keep_heads=heads)
+        softness = self._settings.softness if self.training else None
+        with masked(model, self.predictor, selection, prompt="masked", softness=softness):
             sparse = model(input_ids=ids).logits.float().log_softmax(-1)
-        divergence = nn.functional.kl_div(sparse, dense, log_target=True, reduction="none").sum(-1)
-        return {"loss": divergence.mean()}
+        return nn.functional.kl_div(sparse, dense, log_target=True, reduction="none").sum(-1).mean()
 
 
 def _fit(model: nn.Module, predictor: Predictor, ids: torch.Tensor, settings: Distillation) -> None:
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
+
+    held = max(1, round(settings.held_out * len(ids)))
+    if held >= len(ids):
+        raise CalibrationError(f"{len(ids)} sequences leave none to train on beside those held out; give at least 2.")
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=_Student(model, predictor, settings),
+            args=_arguments(settings, folder),
+            train_dataset=_Sequences(ids[:-held]),
+            eval_dataset=_Sequences(ids[-held:]),
+            callbacks=[EarlyStoppingCallback(settings.patience)],
+        )
+        trainer.remove_callback(PrinterCallback)  # would print every check where progress bars are switched off
+        trainer.train()
+
+
+def _arguments(settings: Distillation, folder: str) -> Any:
+    from transformers import TrainingArguments
     from transformers.utils import logging
 
-    with TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder, max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate, lr_scheduler_type="cosine", warmup_steps=0.1, weight_decay=0.0,
-            optim="adamw_torch", save_strategy="no", logging_strategy="no", report_to=[], seed=settings.seed,
-            disable_tqdm=not logging.is_progress_bar_enabled(), remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-        trainer = Trainer(model=_Student(model, predictor, settings), args=arguments, train_dataset=_Sequences(ids))
-        trainer.remove_callback(PrinterCallback)  # would print every epoch where progress bars are switched off
-        trainer.train()
+    return TrainingArguments(
+        output_dir=folder, max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size, learning_rate=settings.learning_rate, weight_decay=0.0,
+        lr_scheduler_type="cosine", warmup_steps=0.1, optim="adamw_torch", eval_strategy="steps", save_strategy="steps",
+        eval_steps=settings.check_every, save_steps=settings.check_every, save_total_limit=1, save_only_model=True,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False, prediction_loss_only=True,
+        label_names=["ids"], logging_strategy="no", report_to=[], seed=settings.seed, remove_unused_columns=False,
+        disable_tqdm=not logging.is_progress_bar_enabled(), dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
