@@ -13,7 +13,7 @@ class PredictorConfig(Serialisable):
     """Contextual sparsity: which heads and neurons a predictor skips for the token at hand."""
 
     kind: str = "shadow"  # "shadow" | "dejavu" | "gate_first" | "static" | "oracle"
-    criterion: str = "plainact"  # importance of a head or neuron that the predictor learns
+    criterion: str = "magnitude"  # importance of a head or neuron that the predictor learns
     keep_neurons: float = 0.5  # share of neurons computed
     keep_heads: float = 1.0  # share of heads computed
     neuron_block: int = 16  # neurons are chosen in blocks of 1, 16 or 32

@@ -1,0 +1,251 @@
+"""Masked execution: a model computes everything and what is skipped is set to zero. Slow, exact, and the measure for faster ways."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_sparse.blocks import find_blocks
+from hf_sparse.config.serialise import whole
+from hf_sparse.errors import ConfigError, ModelError, unknown
+from hf_sparse.forwards import main_tensor
+from hf_sparse.predictors.criteria import Scores, criterion_of
+from hf_sparse.predictors.networks import GateFirst, Oracle, Predictor
+from hf_sparse.predictors.select import Selection
+from hf_sparse.predictors.units import BlockUnits, activation_of, module_of
+from hf_sparse.predictors.watch import Scorer, rows_of
+
+_MARK = "_hf_sparse_predicted"
+_NOTHING = Scores(None, None)  # nothing is skipped
+
+
+@contextmanager
+def masked(
+    model: nn.Module,
+    predictor: Predictor,
+    selection: Selection,
+    *,
+    refresh_every: int = 1,
+    prompt: str = "dense",
+    softness: float | None = None,
+) -> Iterator["Masked"]:
+    """Inside, `model` skips the units that `predictor` leaves out; keys and values of all heads are still computed.
+
+    `prompt="dense"`: a pass that starts a sequence skips nothing, later ones (which find a cache) do, each token by what it and
+    the tokens before it say. `prompt="masked"`: every position is treated so, which is how a text is measured in one pass.
+    Choices are made every `refresh_every` tokens, counted from the start of the sequence, and hold in between.
+
+    With `softness` gradients reach the predictor, as if a unit faded in over about that much of its (scaled) score.
+
+    Raises: ModelError for a model in training mode, of another size, or with predictors already on.
+    """
+    whole("refresh_every", refresh_every, 1)
+    if prompt not in ("dense", "masked"):
+        raise ConfigError(unknown("prompt", prompt, ("dense", "masked")))
+    if model.training:
+        raise ModelError(
+            "predictors do not run in training mode, their choices have no gradient; call model.eval() first."
+        )
+    if getattr(model, _MARK, False):
+        raise ModelError("predictors are already on; leave the first `with` before another.")
+    running = Masked(model, predictor, selection, refresh_every, prompt, softness)
+    handles = list(running.hooks())
+    setattr(model, _MARK, True)
+    try:
+        yield running
+    finally:
+        delattr(model, _MARK)
+        for handle in handles:
+            handle.remove()
+
+
+class Masked:
+    """What is known during one pass of the model: where its tokens stand, and the masks of every block."""
+
+    def __init__(
+        self, model: nn.Module, predictor: Predictor, selection: Selection, every: int, prompt: str,
+        softness: float | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.predictor, self.selection = model, predictor.to(_device(model)), selection
+        self.layout = predictor.layout
+        self.units = self.layout.units(model)
+        self.masks: dict[int, Scores] = {}  # position in the layout -> masks of the last pass
+        self.scores: dict[int, Scores] = {}  # what they were chosen by
+        self._every, self._prompt, self._softness = every, prompt, softness
+        self._start, self._on, self._dense_pass = 0, False, False
+        self._held: dict[tuple[int, str], torch.Tensor] = {}  # last scores that were used, one row for each sequence
+        self._check()
+        oracle = isinstance(predictor, Oracle)
+        self._scorer = Scorer(model, self.units, criterion_of(predictor.criterion)) if oracle else None
+
+    def _check(self) -> None:
+        gated = isinstance(self.predictor, GateFirst)
+        if gated and (plain := [block.name for block in self.units if block.gate is None]):
+            raise ModelError(f'kind="gate_first" needs gated feed-forwards; {plain[0]} is plain. Take kind="shadow".')
+        told = set(self.predictor.tells) | ({"neurons"} if gated else set())
+        for kind in ("neurons", "heads"):
+            keep = getattr(self.selection, f"keep_{kind}")
+            if keep != 1 and kind not in told:
+                raise ConfigError(
+                    f"keep_{kind}={keep!r} needs a predictor that tells {kind}; this one tells {sorted(told)}."
+                )
+            self.selection.kept(self.layout, kind)
+        one_by_one = gated or len(self.predictor.reads()) > 1
+        if self.selection.needs_all_blocks() and one_by_one:
+            raise ConfigError(
+                f'selection="global" needs the scores of all blocks at once, kind={self.predictor.kind!r} tells them one by one; '
+                'give selection="block" or kind="shadow".'
+            )
+
+    # ------------------------------------------------------------------------------------------------ hooks
+
+    def hooks(self) -> Iterator[Any]:
+        """Handles of all hooks, to be removed afterwards."""
+        blocks = find_blocks(self.model)
+        yield self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for source in self.predictor.reads():
+            yield blocks[source].module.register_forward_pre_hook(self._read(source), with_kwargs=True)
+        for position, block in enumerate(self.units):
+            yield module_of(self.model, block.o).register_forward_pre_hook(self._mask_heads(position, block))
+            yield module_of(self.model, block.down).register_forward_pre_hook(self._mask_neurons(position, block))
+            if isinstance(self.predictor, GateFirst) and block.gate is not None:
+                owner = module_of(self.model, block.gate)
+                yield owner.register_forward_hook(self._read_gate(position, block))
+
+    def _begin(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._dense_pass:
+            return
+        cache = kwargs.get("past_key_values")
+        self._start = int(cache.get_seq_length()) if cache is not None else 0
+        self._on = self._prompt == "masked" or self._start > 0
+        if kwargs.get("use_cache") is False and self._prompt == "dense" and cache is None:
+            raise ConfigError(
+                "without a cache every pass is a whole prompt, so nothing would be skipped; give use_cache=True, or "
+                'prompt="masked" to measure a text.'
+            )
+        if self._start == 0:
+            self._held.clear()
+        self.masks.clear()
+        self.scores.clear()
+        if self._scorer is not None and self._on:
+            self._look_at_dense(args, kwargs)
+
+    def _look_at_dense(self, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("past_key_values") is not None or args or "input_ids" not in kwargs:
+            raise ConfigError('kind="oracle" measures texts given as input_ids without a cache; it cannot generate.')
+        values = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        shape = values["input_ids"].shape
+        found: dict[int, Scores] = {}
+
+        def take(index: int, scores: Scores) -> None:
+            position = self.layout.blocks.index(index)
+            n, h = self.predictor.scales[position]
+            grouped = self.layout.group(scores.neurons) / n  # type: ignore[arg-type]
+            found[position] = Scores(grouped.view(*shape, -1), (scores.heads / h).view(*shape, -1))  # type: ignore[operator]
+
+        self._dense_pass = True
+        try:
+            self._scorer(values, take)  # type: ignore[misc]
+        finally:
+            self._dense_pass = False
+        self._tell(found)
+
+    def _read(self, source: int) -> Callable[..., None]:
+        def look(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if self._off():
+                return
+            hidden = main_tensor((args, kwargs))
+            if hidden is not None:
+                self._tell(self.predictor(source, hidden.detach()))
+
+        return look
+
+    def _read_gate(self, position: int, block: BlockUnits) -> Callable[..., None]:
+        activation = activation_of(self.model, block)
+
+        def look(_: nn.Module, args: Any, product: torch.Tensor) -> None:
+            if self._off() or block.gate is None:
+                return
+            gates = activation(rows_of(product.detach(), block.gate)).view(*product.shape[:-1], -1)
+            scores = self._refreshed(position, Scores(self.predictor.gate_scores(position, gates), None))  # type: ignore[operator]
+            chosen = self._choose(position, scores)
+            self.scores[position] = Scores(scores.neurons, self.scores.get(position, _NOTHING).heads)
+            self.masks[position] = Scores(chosen.neurons, self.masks.get(position, _NOTHING).heads)
+
+        return look
+
+    def _mask_heads(self, position: int, block: BlockUnits) -> Callable[..., Any]:
+        def change(_: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+            mask = None if self._off() else self.masks.get(position, _NOTHING).heads
+            if mask is None:
+                return None
+            values = args[0].unflatten(-1, (block.heads, block.head_size))
+            return ((values * mask.view(*values.shape[:-1], 1).to(values.dtype)).flatten(-2), *args[1:])
+
+        return change
+
+    def _mask_neurons(self, position: int, block: BlockUnits) -> Callable[..., Any]:
+        def change(_: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+            mask = None if self._off() else self.masks.get(position, _NOTHING).neurons
+            if mask is None:
+                return None
+            return (args[0] * self.layout.expand(mask, block.neurons).view(args[0].shape).to(args[0].dtype), *args[1:])
+
+        return change
+
+    def _off(self) -> bool:
+        return not self._on or self._dense_pass
+
+    # ------------------------------------------------------------------------------------------------ choices
+
+    def _tell(self, scores: dict[int, Scores]) -> None:
+        fresh = {position: self._refreshed(position, found) for position, found in scores.items()}
+        self.scores.update(fresh)
+        if self.selection.needs_all_blocks():
+            chosen = self.selection.choose_all([fresh[position] for position in sorted(fresh)], self.predictor.scales)
+            self.masks.update(dict(zip(sorted(fresh), chosen)))
+            return
+        for position, found in fresh.items():
+            self.masks[position] = self._choose(position, found)
+
+    def _choose(self, position: int, scores: Scores) -> Scores:
+        masks = self.selection.choose(self.layout, position, scores)
+        if self._softness is None:
+            return masks
+        return Scores(*[None if mask is None else through(mask, s, self._softness) for mask, s in zip(masks, scores)])  # type: ignore[arg-type]
+
+    def _refreshed(self, position: int, scores: Scores) -> Scores:
+        """The scores that hold at every token: those of the last token at which a choice is made."""
+        if self._every == 1:
+            return scores
+        return Scores(
+            *[
+                None if value is None else self._hold((position, kind), value)
+                for kind, value in zip(("neurons", "heads"), scores)
+            ]
+        )
+
+    def _hold(self, key: tuple[int, str], scores: torch.Tensor) -> torch.Tensor:
+        held = self._held.get(key)
+        rows = scores.shape[:-2]
+        if held is None or held.shape[:-2] != rows:
+            held = scores[..., :1, :]  # nothing to go by yet: the first token that is seen is chosen for
+        places = torch.arange(self._start, self._start + scores.shape[-2], device=scores.device)
+        latest = places // self._every * self._every - self._start + 1  # 0: before this pass
+        every = torch.cat([held, scores], -2).index_select(-2, latest.clamp_min(0))
+        self._held[key] = every[..., -1:, :]
+        return every
+
+
+def through(mask: torch.Tensor, scores: torch.Tensor, softness: float) -> torch.Tensor:
+    """The mask as numbers 0 and 1, with the gradient of a sigmoid around the border between kept and left out."""
+    low = scores.masked_fill(~mask, float("inf")).amin(-1, keepdim=True)
+    high = scores.masked_fill(mask, float("-inf")).amax(-1, keepdim=True)
+    soft = torch.sigmoid((scores - (low + high).detach() / 2) / softness)
+    return mask.to(scores.dtype) + soft - soft.detach()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
