@@ -18,6 +18,8 @@ from hf_sparse.report import Report
 __version__ = "0.1.0"
 # Conveniences from sibling packages, and what needs PEFT: loaded when they are first asked for.
 _LAZY = {
+    "train_predictors_": "hf_sparse.contextual",
+    "predictors_disabled": "hf_sparse.contextual",
     "Distillation": "trainer_callbacks",
     "GradualPruning": "trainer_callbacks",
     "KeepMasks": "trainer_callbacks",

@@ -1,6 +1,7 @@
 """The plugin: `from_pretrained(..., sparsity_config=...)` prunes, and sparse models save what they know about themselves."""
 
 import copy
+import dataclasses
 import functools
 import os
 import sys
@@ -12,11 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import PushToHubMixin, logging
 
-from hf_sparse import arrival, checkpoint, peft_hook, quantizer, trainer_hook
+from hf_sparse import arrival, checkpoint, contextual, peft_hook, quantizer, trainer_hook
 from hf_sparse.arrival import damage_told, find, hub_arguments
 from hf_sparse.config import SparsityConfig
 from hf_sparse.errors import ConfigError
 from hf_sparse.execution import check_kernel_options, use_sparse_kernels_
+from hf_sparse.predictors.saving import FILE as PREDICTORS
 from hf_sparse.prune import prune_
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.save_hook import wrap_push, wrap_save_pretrained, wrap_upload
@@ -122,17 +124,26 @@ def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             report = find(path, REPORT_FILE, kwargs, commit)
             arrival.check(path, kwargs, commit)
             checkpoint.read_side_files(model, report)
+        if path is not None and getattr(getattr(model, "config", None), contextual.CONFIG_KEY, None) is not None:
+            contextual.read_beside(model, find(path, PREDICTORS, kwargs, getattr(model.config, "_commit_hash", None)))
         if config is not None:
-            prune_(
-                model,
-                config,
-                tokenizer_options={name: kwargs[name] for name in _SHARED if kwargs.get(name) is not None},
-            )
+            _prune_loaded(model, config, {name: kwargs[name] for name in _SHARED if kwargs.get(name) is not None})
         if kernels is not None:
             _log.info("sparse kernels: %s", use_sparse_kernels_(model, **kernels))
         return result
 
     return from_pretrained
+
+
+def _prune_loaded(model: Any, config: SparsityConfig, tokenizer_options: dict[str, Any]) -> None:
+    """Prune, and train predictors on the pruned model where the config asks for them."""
+    contextual.detach(model)
+    prune_(model, dataclasses.replace(config, predictor=None), tokenizer_options=tokenizer_options)
+    if config.predictor is not None:
+        contextual.train_predictors_(
+            model, config.predictor, config.calibration, tokenizer=None, num_samples=config.num_samples,
+            sequence_length=config.sequence_length, seed=config.seed,
+        )  # fmt: skip
 
 
 def _wrap_auto(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,8 +8,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_sparse import checkpoint, publish
+from hf_sparse import checkpoint, contextual, publish
 from hf_sparse.errors import ConfigError, unknown
+from hf_sparse.predictors.saving import FILE as PREDICTORS
 from hf_sparse.replace import finish_compressed, old_weights_aside, write_whole
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import PICTURE_FILE
@@ -63,6 +64,7 @@ def wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             result = original(*given.args, **given.kwargs)
             if compresses:
                 finish_compressed(folder)
+            contextual.write_beside(self, folder)
         if not told["push_to_hub"]:
             describe(self, folder)
         return result
@@ -106,9 +108,9 @@ def _concerns_us(model: Any, folder: Path) -> bool:
     if _saves_adapter(model):
         return False
     ours = folder.is_dir() and any(
-        is_compressed_weights(path.name) or path.name == REPORT_FILE for path in folder.iterdir()
+        is_compressed_weights(path.name) or path.name in (REPORT_FILE, PREDICTORS) for path in folder.iterdir()
     )
-    return _saves_weights(model) or ours
+    return _saves_weights(model) or ours or contextual.carried_by(model) is not None
 
 
 def wrap_push(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,6 +133,7 @@ def wrap_upload(original: Callable[..., Any]) -> Callable[..., Any]:
     def _upload_modified_files(self: Any, *args: Any, **kwargs: Any) -> Any:
         saving = _saving.get()
         if saving is not None:
+            contextual.write_beside(self, Path(signature.bind(self, *args, **kwargs).arguments["working_dir"]))
             if saving.compresses:
                 finish_compressed(Path(signature.bind(self, *args, **kwargs).arguments["working_dir"]))
             saving.aside.close()  # the folder is whole, whatever comes of the upload

@@ -72,8 +72,8 @@ class SparsityConfig(Serialisable):
             raise ConfigError(
                 'permute=True reorders channels for the groups of N:M; pattern="unstructured" has none, leave it False.'
             )
-        if self.predictor is not None:
-            raise ConfigError("contextual predictors are not available in this version; leave predictor=None.")
+        if self.predictor is not None and not isinstance(self.predictor, PredictorConfig):
+            raise ConfigError(f"predictor={self.predictor!r} is not allowed; give a PredictorConfig, or None.")
         whole("num_samples", self.num_samples, 1)
         whole("sequence_length", self.sequence_length, 1)
         whole("seed", self.seed, 0)
@@ -171,6 +171,10 @@ class SparsityConfig(Serialisable):
         """Raises CalibrationError where metric, allocation or an update looks at activations and no data are named."""
         if self.calibration is not None:
             return
+        if self.predictor is not None:
+            raise CalibrationError(
+                "predictors are trained on text and need calibration=... (texts, token ids, a data set or a path)."
+            )
         parts = [("metric", METRICS[self.metric]), *(("update", UPDATES[name]) for name in self.update)]
         if isinstance(self.allocation, str):
             parts.append(("allocation", ALLOCATIONS[self.allocation]))

@@ -117,6 +117,11 @@ class Masked:
     def _begin(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if self._dense_pass:
             return
+        if self.model.training:
+            raise ModelError(
+                "predictors are on, and they do not run in training mode; switch them off with hf_sparse.predictors_disabled(model), or "
+                "call model.eval()."
+            )
         cache = kwargs.get("past_key_values")
         self._start = int(cache.get_seq_length()) if cache is not None else 0
         self._on = self._prompt == "masked" or self._start > 0

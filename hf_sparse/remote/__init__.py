@@ -23,6 +23,7 @@ from hf_sparse.text import one_line
 __all__ = ["File", "Folder", "Place", "Repository", "Tensor", "forget", "hub_hash", "is_repository", "open_place", "read_card", "read_claim",
            "read_config", "read_report", "tensors", "weight_files"]  # fmt: skip
 
+PREDICTORS = "hf_sparse_predictors.safetensors"  # no weights of the model
 CONFIG, CARD = "config.json", "README.md"
 LARGEST_CONFIG, LARGEST_CARD = 16 * 2**20, 4 * 2**20
 LARGEST_REPORT = 256 * 2**20
@@ -154,7 +155,7 @@ def read_card(place: Place) -> str:
 
 def weight_files(place: Place) -> list[str]:
     """The safetensors files; raises CheckpointError where there are none. Pickles are never read."""
-    names = sorted(name for name in place.files if name.endswith(".safetensors"))
+    names = sorted(name for name in place.files if name.endswith(".safetensors") and name != PREDICTORS)
     if names:
         return names
     pickles = sorted(name for name in place.files if name.endswith(_PICKLES))

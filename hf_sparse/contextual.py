@@ -1,0 +1,163 @@
+"""Predictors that a model carries: trained for it, switched on and off, saved beside it and loaded with it."""
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.utils import logging
+
+from hf_sparse import checkpoint
+from hf_sparse.config import PredictorConfig
+from hf_sparse.errors import ConfigError, ModelError
+from hf_sparse.predictors import saving
+from hf_sparse.predictors.layout import Layout
+from hf_sparse.predictors.masked import masked
+from hf_sparse.predictors.networks import Predictor
+from hf_sparse.predictors.recording import record
+from hf_sparse.predictors.select import Selection
+from hf_sparse.predictors.train import Training, train
+
+CONFIG_KEY = "hf_sparse_predictors"
+_CARRIED = "_hf_sparse_predictors"
+_log = logging.get_logger(__name__)
+
+
+@dataclass
+class Carried:
+    """What a model carries: its predictor, how it is used, and the way to take it off."""
+
+    predictor: Predictor
+    config: PredictorConfig
+    running: ExitStack = field(default_factory=ExitStack)
+
+
+def train_predictors_(
+    model: nn.Module, config: PredictorConfig, calibration: Any, *, tokenizer: Any = None, num_samples: int | None = 128,
+    sequence_length: int = 512, seed: int = 0, folder: str | Path | None = None,
+) -> Predictor:  # fmt: skip
+    """Train predictors for a model on text, and switch them on; the model itself is not changed. Returns the predictor.
+
+    calibration: texts in any form that pruning takes. Traces are written to `folder` (a temporary one without it): a few bytes for
+    each token and unit, see `hf_sparse.predictors.traces.bytes_per_token`. `config.options` are those of the kind, and `training`,
+    a mapping of the fields of `hf_sparse.predictors.train.Training`.
+
+    Raises: ConfigError for kinds that cannot run (`oracle`), ModelError for models whose units cannot be told, CalibrationError for data
+        that are missing or do not fit.
+    """
+    inner: Any = checkpoint.unwrap(model)
+    if config.kind == "oracle":
+        raise ConfigError(
+            'kind="oracle" looks at the true activations, so it can be measured but not run; take another kind.'
+        )
+    options = dict(config.options)
+    training = Training(**{"seed": seed, **options.pop("training", {})})
+    layout = Layout.of(inner, config.dense_blocks, config.neuron_block)
+    detach(inner)
+    with ExitStack() as stack:
+        place = folder if folder is not None else stack.enter_context(tempfile.TemporaryDirectory())
+        traces = record(
+            inner, calibration, place, criterion=config.criterion, layout=layout, tokenizer=tokenizer, num_samples=num_samples,
+            sequence_length=sequence_length, seed=seed,
+        )  # fmt: skip
+        predictor = train(inner, traces, config.kind, training, **options)
+    attach_(inner, predictor, config)
+    return predictor
+
+
+def attach_(model: Any, predictor: Predictor, config: PredictorConfig) -> None:
+    """Let a model carry a predictor, and switch it on; one that it carried before is taken off."""
+    detach(model)
+    carried = Carried(predictor, config)
+    object.__setattr__(model, _CARRIED, carried)
+    if hasattr(model, "config"):
+        setattr(model.config, CONFIG_KEY, {"kind": config.kind, "version": 1})
+    _switch_on(model, carried)
+
+
+def detach(model: Any) -> None:
+    """Take predictors off for good; a model without any stays as it is."""
+    carried = carried_by(model)
+    if carried is not None:
+        carried.running.close()
+        object.__delattr__(checkpoint.unwrap(model), _CARRIED)
+    if CONFIG_KEY in getattr(getattr(model, "config", None), "__dict__", {}):
+        delattr(model.config, CONFIG_KEY)
+
+
+def carried_by(model: Any) -> Carried | None:
+    found = checkpoint.unwrap(model).__dict__.get(_CARRIED)
+    return found if isinstance(found, Carried) else None
+
+
+@contextmanager
+def predictors_disabled(model: Any) -> Iterator[None]:
+    """Inside, a model computes all of its heads and neurons; raises ModelError where it carries no predictors."""
+    carried = carried_by(model)
+    if carried is None:
+        raise ModelError("the model carries no predictors; train_predictors_ gives it some.")
+    carried.running.close()
+    try:
+        yield
+    finally:
+        _switch_on(checkpoint.unwrap(model), carried)
+
+
+def _switch_on(model: Any, carried: Carried) -> None:
+    config = carried.config
+    selection = Selection(keep_neurons=config.keep_neurons, keep_heads=config.keep_heads, mode=config.selection)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # that a model in training mode is refused is said when it runs
+    try:
+        carried.running = ExitStack()
+        carried.running.enter_context(masked(model, carried.predictor, selection, refresh_every=config.refresh_every))
+    finally:
+        for module, training in modes:
+            module.training = training
+    carried.running.callback(object.__delattr__, model, "__deepcopy__")
+    object.__setattr__(model, "__deepcopy__", partial(_copied, model))
+
+
+def _copied(model: Any, memo: dict[int, Any]) -> Any:
+    """A copy with predictors of its own; what is hooked into a model's modules knows that model only."""
+    carried: Any = carried_by(model)
+    with predictors_disabled(model):
+        object.__delattr__(model, _CARRIED)
+        try:
+            made = copy.deepcopy(model, memo)
+        finally:
+            object.__setattr__(model, _CARRIED, carried)
+    attach_(made, copy.deepcopy(carried.predictor, memo), carried.config)
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def write_beside(model: Any, folder: Path) -> None:
+    """Write the predictors that a model carries into the folder that it was saved to; those of a save before are taken away."""
+    carried = carried_by(model)
+    if carried is None:
+        (folder / saving.FILE).unlink(missing_ok=True)
+    else:
+        saving.save(checkpoint.unwrap(model), carried.predictor, carried.config, folder)
+
+
+def read_beside(model: Any, file: Path | None) -> None:
+    """Let a model that was loaded carry the predictors found beside it; stale ones are named."""
+    if file is None:
+        _log.warning("config.json tells of predictors, but there is no %s: the model runs dense.", saving.FILE)
+        delattr(model.config, CONFIG_KEY)
+        return
+    predictor, config, fresh = saving.load(model, file)
+    if not fresh:
+        _log.warning(
+            "the predictors in %s were trained on other weights than the model has now, so they choose worse; train them anew with "
+            "hf_sparse.train_predictors_.", saving.FILE,
+        )  # fmt: skip
+    attach_(model, predictor, config)
