@@ -78,8 +78,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"pattern": "1:4", "sparsity": 0.25}, ("sparsity=0.25", "'1:4'", "0.75")),
     ({"permute": True, "pattern": "unstructured", "sparsity": 0.5}, ("permute=True", "unstructured", "False")),
     ({"permute": "no"}, ("permute='no'", "False")),
-    ({"predictor": PredictorConfig()}, ("not available", "predictor=None")),
-    ({"predictor": {"kind": "oracle"}}, ("not available", "predictor=None")),
+    ({"predictor": "shadow"}, ("predictor='shadow'", "give a PredictorConfig")),
     ({"predictor": {"kind": "shadows"}}, ("predictor kind 'shadows'", "Did you mean 'shadow'?")),
     *(({name: value}, (f"{name}={value!r}", "whole number of at least"))
       for name in ("num_samples", "sequence_length", "batch_size", "seed") for value in (-1, 1.5, True, "8", NAN, None)),
