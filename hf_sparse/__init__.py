@@ -25,6 +25,7 @@ _LAZY = {
     "KeepMasks": "trainer_callbacks",
     "SparseModelCard": "model_cards",
     "Sparsify": "trainer_callbacks",
+    "TrainPredictors": "trainer_callbacks",
     "mask_lora_": "hf_sparse.adapters",
     "merge_and_unload": "hf_sparse.adapters",
     "sparse_shira_config": "hf_sparse.adapters",

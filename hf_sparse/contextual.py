@@ -1,6 +1,7 @@
 """Predictors that a model carries: trained for it, switched on and off, saved beside it and loaded with it."""
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,11 +15,12 @@ from transformers.utils import logging
 
 from hf_sparse import checkpoint
 from hf_sparse.config import PredictorConfig
-from hf_sparse.errors import ConfigError, ModelError
+from hf_sparse.errors import ConfigError, ModelError, unknown
 from hf_sparse.predictors import saving
+from hf_sparse.predictors.criteria import criterion_of
 from hf_sparse.predictors.layout import Layout
 from hf_sparse.predictors.masked import masked
-from hf_sparse.predictors.networks import Predictor
+from hf_sparse.predictors.networks import Predictor, kind_of
 from hf_sparse.predictors.recording import record
 from hf_sparse.predictors.select import Selection
 from hf_sparse.predictors.train import Training, train
@@ -51,13 +53,9 @@ def train_predictors_(
         that are missing or do not fit.
     """
     inner: Any = checkpoint.unwrap(model)
-    if config.kind == "oracle":
-        raise ConfigError(
-            'kind="oracle" looks at the true activations, so it can be measured but not run; take another kind.'
-        )
+    layout = check(inner, config)
     options = dict(config.options)
     training = Training(**{"seed": seed, **options.pop("training", {})})
-    layout = Layout.of(inner, config.dense_blocks, config.neuron_block)
     detach(inner)
     with ExitStack() as stack:
         place = folder if folder is not None else stack.enter_context(tempfile.TemporaryDirectory())
@@ -68,6 +66,24 @@ def train_predictors_(
         predictor = train(inner, traces, config.kind, training, **options)
     attach_(inner, predictor, config)
     return predictor
+
+
+def check(model: nn.Module, config: PredictorConfig) -> Layout:
+    """Refuse, before any work, what cannot be trained for a model; what the predictors will have to tell.
+
+    Raises: ConfigError for the kind `oracle` and options that are not known, ModelError for models whose units cannot be told.
+    """
+    if config.kind == "oracle":
+        raise ConfigError(
+            'kind="oracle" looks at the true activations, so it can be measured but not run; take another kind.'
+        )
+    kind_of(config.kind, {name: value for name, value in config.options.items() if name != "training"})
+    criterion_of(config.criterion)
+    training = config.options.get("training", {})
+    known = {item.name for item in dataclasses.fields(Training)}
+    if strange := next((name for name in training if name not in known), None):
+        raise ConfigError(unknown("option training", strange, known))
+    return Layout.of(model, config.dense_blocks, config.neuron_block)
 
 
 def attach_(model: Any, predictor: Predictor, config: PredictorConfig) -> None:

@@ -19,7 +19,20 @@ _LONGEST_ERROR = 2000
 
 
 def _parser() -> argparse.ArgumentParser:
-    from hf_sparse.cli import bench, compare, convert, demo, evaluate, inspect, methods, prune, push, recover, verify
+    from hf_sparse.cli import (
+        bench,
+        compare,
+        convert,
+        demo,
+        evaluate,
+        inspect,
+        methods,
+        predictor,
+        prune,
+        push,
+        recover,
+        verify,
+    )
 
     parser = argparse.ArgumentParser(
         prog="hf-sparse",
@@ -36,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench": bench,
         "convert": convert,
         "inspect": inspect,
+        "predictor": predictor,
         "push": push,
         "verify": verify,
         "methods": methods,
@@ -43,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add(command)
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of text for people")
+        if name != "predictor":  # its actions have their own
+            command.add_argument("--json", action="store_true", help="print one JSON object instead of text for people")
         command.set_defaults(run=module.run)
     return parser
 
