@@ -6,20 +6,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hf_sparse import checkpoint, environment, native
-from hf_sparse.errors import ModelError
-from hf_sparse.execution import use_sparse_kernels_
-from hf_sparse.runtime import ArrangedForm, hold_, refuse_sparse
+from hf_sparse.errors import ConfigError, ModelError
+from hf_sparse.execution import is_transposed, use_sparse_kernels_
+from hf_sparse.runtime import ArrangedForm, Form, PackedForm, StackedForm, hold_, refuse_sparse
 from hf_sparse.runtime.choices import processor
-from hf_sparse.runtime.table import KernelTable
-from hf_sparse.runtime.timing import Times, clock_name, interleaved, read_bandwidth
+from hf_sparse.runtime.copies import in_modules, works
+from hf_sparse.runtime.sources import InMemory, sample
+from hf_sparse.runtime.table import KernelRow, KernelTable
+from hf_sparse.runtime.timing import FEWEST, Times, clock_name, interleaved, read_bandwidth
 
 DENSE, CONTROL, SPARSE = "dense (torch)", "dense (own kernel)", "sparse"
 TOKENS = (1, 4, 16, 64, 512)
-COPIES_BYTES = 128 * 2**20  # together more than the caches hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +82,38 @@ def bench(
 ) -> Bench:  # fmt: skip
     """Measure a pruned model, which is left as it is: its matrices, generating `new_tokens`, and reading `prefill` tokens.
 
-    `seconds` is spent on each matrix and number of tokens, `rounds` runs of the whole model are timed.
+    `seconds` is spent on each matrix and number of tokens, `rounds` runs of the whole model, at least 5, are timed.
 
     Raises: ModelError where no matrix can run sparse, with the reasons, or all do already.
     """
     inner = checkpoint.unwrap(model)
     refuse_sparse(inner, "be compared with what it was")
+    _check_room(inner, prompt + new_tokens)
     sparse = shared_copy(inner)
     table = use_sparse_kernels_(sparse, choose="always")
     if not table.sparse:
-        raise ModelError(f"no matrix of the model can run sparse, so there is nothing to measure.\n{table}")
+        reasons = "; ".join(sorted({row.reason for row in table.rows if row.reason} | set(table.left_out.values())))
+        raise ModelError(f"no matrix of the model can run sparse, so there is nothing to measure: {reasons}")
     bandwidth = read_bandwidth()
     kernels = [row for case in _cases(inner, table) for row in _kernels(case, tokens, seconds, bandwidth)]
     control = {CONTROL: control_of(inner, table)} if native.available() else {}
-    whole = _whole({DENSE: inner, **control, SPARSE: sparse}, prompt, new_tokens, prefill, rounds)
+    whole = _whole({DENSE: shared_copy(inner), **control, SPARSE: sparse}, prompt, new_tokens, prefill, rounds)
     return Bench(
         model=name or type(inner).__name__, machine=machine(), bandwidth=bandwidth, kernels=tuple(kernels),
         end_to_end=tuple(whole), table=table,
     )  # fmt: skip
+
+
+def _check_room(model: nn.Module, needed: int) -> None:
+    room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if room is not None and needed > room and _generates(model):
+        raise ConfigError(
+            f"the model has {room} positions; prompt and new tokens together are {needed}. Ask for fewer."
+        )
+
+
+def _generates(model: Any) -> bool:
+    return bool(getattr(model, "can_generate", lambda: False)()) and not model.config.is_encoder_decoder
 
 
 def machine() -> dict[str, Any]:
@@ -121,49 +135,57 @@ def control_of(model: nn.Module, table: KernelTable) -> Any:
     control = shared_copy(model)
     for row in table.sparse:
         module = control.get_submodule(row.module)
-        hold_(module, ArrangedForm(native.arrange(_matrix(model, row.module).bfloat16())))
+        matrix = _source(model, row).matrix().bfloat16()
+        hold_(
+            module,
+            _arranged(matrix) if matrix.dim() == 2 else StackedForm(tuple(map(_arranged, matrix))),
+            row.parameter,
+        )
     return control
 
 
-def _matrix(model: nn.Module, name: str) -> torch.Tensor:
-    weight = model.get_submodule(name).weight.detach()  # type: ignore[union-attr,operator]
-    return weight if isinstance(model.get_submodule(name), nn.Linear) else weight.T
+def _arranged(matrix: torch.Tensor) -> ArrangedForm:
+    return ArrangedForm(native.arrange(matrix))
 
 
-Case = tuple[str, torch.Tensor]
+def _source(model: nn.Module, row: KernelRow) -> InMemory:
+    module = model.get_submodule(row.module)
+    return InMemory(getattr(module, row.parameter).detach(), is_transposed(module))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One matrix of each shape and sparsity, with what it is called."""
+
+    title: str
+    matrix: torch.Tensor  # (out, in)
+    transposed: bool
+    bias: bool
 
 
 def _cases(model: nn.Module, table: KernelTable) -> Iterator[Case]:
-    """One matrix of each shape and sparsity, with what it is called."""
     seen = set()
     for row in table.sparse:
-        title = f"{row.shape[0]} x {row.shape[1]}, {100 * (row.sparsity or 0):.0f} % zeros"
+        title = f"{row.shape[-2]} x {row.shape[-1]}, {100 * (row.sparsity or 0):.0f} % zeros"
         if title not in seen:
             seen.add(title)
-            yield title, _matrix(model, row.module)
+            module, source = model.get_submodule(row.module), _source(model, row)
+            yield Case(title, sample(source), source.transposed, getattr(module, "bias", None) is not None)
 
 
 def _kernels(case: Case, tokens: Sequence[int], seconds: float, bandwidth: float) -> Iterator[Measured]:
-    title, weight = case
-    count = max(1, min(64, COPIES_BYTES // weight.nbytes))
-    dense = [weight.clone() for _ in range(count)]
-    packed = [native.pack(weight.bfloat16()) for _ in range(count)]
-    arranged = [native.arrange(weight.bfloat16()) for _ in range(count)] if native.available() else []
-    sizes = {DENSE: weight.nbytes, CONTROL: weight.numel() * 2, SPARSE: packed[0].nbytes}
+    rounded = case.matrix.bfloat16()
+    forms: dict[str, Callable[[], Form | None]] = {DENSE: lambda: None}
+    if native.available():
+        forms[CONTROL] = lambda: ArrangedForm(native.arrange(rounded))
+    forms[SPARSE] = lambda: PackedForm(native.pack(rounded))
+    modules = in_modules(case.matrix, forms, transposed=case.transposed, bias=case.bias)
+    sizes = {DENSE: case.matrix.nbytes, CONTROL: rounded.nbytes, SPARSE: native.pack(rounded).nbytes}
     for number in tokens:
-        x = torch.linspace(-1, 1, number * weight.shape[1]).view(number, -1).to(weight.dtype)
-        ways: dict[str, list[Callable[[], object]]] = {DENSE: [_call(F.linear, x, one) for one in dense]}
-        if arranged:
-            ways[CONTROL] = [_call(native.dense_matmul, x, one) for one in arranged]
-        ways[SPARSE] = [_call(native.matmul, x, one) for one in packed]
-        times = interleaved(ways, seconds)
+        times = interleaved(works(modules, case.matrix, number), seconds)
         for way, found in times.items():
             share = sizes[way] / found.median / bandwidth
-            yield _row(title, number, way, found, times[DENSE], bytes=sizes[way], bandwidth_share=share)
-
-
-def _call(function: Callable[..., object], x: torch.Tensor, weight: object) -> Callable[[], object]:
-    return lambda: function(x, weight)
+            yield _row(case.title, number, way, found, times[DENSE], bytes=sizes[way], bandwidth_share=share)
 
 
 def _row(work: str, tokens: int, way: str, times: Times, dense: Times, per: int = 1, **more: Any) -> Measured:
@@ -177,15 +199,14 @@ def _row(work: str, tokens: int, way: str, times: Times, dense: Times, per: int 
 def _whole(ways: dict[str, Any], prompt: int, new_tokens: int, prefill: int, rounds: int) -> Iterator[Measured]:
     """Milliseconds a token for generating (with its prompt), and for reading a prompt and saying one token."""
     model = ways[DENSE]
-    generates = getattr(model, "can_generate", lambda: False)() and not model.config.is_encoder_decoder
-    if not generates:
+    if not _generates(model):
         return
     room = getattr(model.config, "max_position_embeddings", None) or prefill + 1
     works = [("generate", prompt, new_tokens), ("prefill", min(prefill, room - 1), 1)]
     for work, given, wanted in works:
-        rows = (torch.arange(given) % model.config.vocab_size)[None]
+        rows = (torch.arange(given, device="cpu") % model.config.vocab_size)[None]
         runs: dict[str, Any] = {way: [_generation(one, rows, wanted)] for way, one in ways.items()}
-        times = interleaved(runs, 0.0, rounds)
+        times = interleaved(runs, 0.0, least=max(rounds, FEWEST))
         for way, found in times.items():
             per, tokens = (new_tokens, 1) if work == "generate" else (1, given)
             yield _row(

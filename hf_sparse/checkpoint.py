@@ -16,6 +16,7 @@ from hf_sparse.recovery import writable
 from hf_sparse.report import Report
 from hf_sparse.runtime import refuse_sparse
 from hf_sparse.sites import Site, count_zeros, plain_name, read, view
+from hf_sparse.storage.names import forget_format
 
 CONFIG_KEY = "hf_sparse"
 _REPORT = "_hf_sparse_report"
@@ -47,6 +48,7 @@ def check_prunable(model: nn.Module) -> None:
     if kind in ("FullyShardedDataParallel", "DeepSpeedEngine") or kind.startswith("FSDP"):
         raise ModelError(f"a model wrapped as {kind} has its weights in shards; prune it before you wrap it.")
     config = getattr(model, "config", None)
+    forget_format(config)
     method = getattr(getattr(config, "quantization_config", None), "quant_method", None)
     if getattr(model, "is_quantized", False) or getattr(config, "quantization_config", None) is not None:
         raise ModelError(

@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from hf_sparse.errors import CheckpointError, ConfigError, unknown
-from hf_sparse.hashes import hashes_of, model_files
+from hf_sparse.hashes import hashes_of
 from hf_sparse.hub import is_weights
 from hf_sparse.remote import CARD, CONFIG, Folder, read_config
 from hf_sparse.replace import write_whole
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import PICTURE_FILE, Report
-from hf_sparse.saved import files_to_publish
 from hf_sparse.storage import FORMATS, StoredTensor, compress, is_compressed, open_tensors, quantization_config
 from hf_sparse.storage.names import INDEX, WEIGHTS, check_free, check_gains, named
 from hf_sparse.text import one_line
@@ -28,6 +28,10 @@ from hf_sparse.verify.sizes import loaded_weights
 
 SHARD_SIZE = "5GB"
 _PLAIN = "model.safetensors"
+_LEFT_OUT = re.compile(
+    r"(checkpoint-\d+|runs|logs|__pycache__)/.*|(.*/)?(pytorch_model.*|optimizer|training_args)\.bin|.*\.(pt|pth|pkl|pickle|ckpt|h5|msgpack)"
+    r"|(trainer_state|hf_sparse_run)\.json|pytorch_model\.bin\.index.*\.json"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class Conversion:
     bytes_before: int  # of the weight files
     bytes: int
     files: tuple[str, ...]  # weight files
+    left_out: tuple[str, ...]  # files of the source that were not copied: pickled weights, and what a training left
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,7 +70,7 @@ def convert(
     names = loaded_weights(place)
     with open_tensors([source / name for name in names]) as stored:
         files, tensors, compressed = _write(stored, destination, wanted, largest)
-    _copy_others(source, destination)
+    left_out = _copy_others(source, destination)
     config.pop("quantization_config", None)
     if wanted == "bitmask":
         config["quantization_config"] = quantization_config(INDEX if len(files) > 1 else WEIGHTS)
@@ -73,7 +78,7 @@ def convert(
     _describe(destination, config)
     return Conversion(
         format=wanted, tensors=tensors, compressed=compressed, bytes_before=sum(place.files[name].size for name in names),
-        bytes=sum((destination / name).stat().st_size for name in files), files=tuple(files),
+        bytes=sum((destination / name).stat().st_size for name in files), files=tuple(files), left_out=tuple(left_out),
     )  # fmt: skip
 
 
@@ -167,17 +172,22 @@ def _name(shards: list[list[str]], folder: Path, whole: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- what stands beside them
 
 
-def _copy_others(source: Path, destination: Path) -> None:
-    weights = {path.name for path in model_files(source)}
-    for name in _others(source, weights):
+def files_beside(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Of the files of a model, those that a converted one has too, and those that it has not: other weights, and what a training left."""
+    shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    others = [name for name in shown if name != CONFIG and not is_weights(name)]
+    left_out = [name for name in others if _LEFT_OUT.fullmatch(name)]
+    return [name for name in others if name not in left_out], left_out
+
+
+def _copy_others(source: Path, destination: Path) -> list[str]:
+    """Copies what stands beside the weights, links as what they lead to; returns what was left out."""
+    names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+    copied, left_out = files_beside(names)
+    for name in copied:
         (destination / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, destination / name)
-
-
-def _others(source: Path, weights: set[str]) -> Iterator[str]:
-    """Everything that a push would take, but for weights and config."""
-    names, _, _ = files_to_publish(source)
-    return (name for name in names if name not in weights and not is_weights(name))
+    return left_out
 
 
 def _describe(folder: Path, config: dict[str, Any]) -> None:

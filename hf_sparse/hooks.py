@@ -1,8 +1,11 @@
 """The plugin: `from_pretrained(..., sparsity_config=...)` prunes, and sparse models save what they know about themselves."""
 
+import copy
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,6 +22,7 @@ from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.save_hook import wrap_push, wrap_save_pretrained, wrap_upload
 from hf_sparse.save_hook import wraps as _wraps
 from hf_sparse.storage import is_compressed
+from hf_sparse.storage.names import forget_format
 from hf_sparse.text import shown
 from hf_sparse.wraps import Wrap
 
@@ -81,6 +85,18 @@ def _refuse_quantized(path: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
+def _let_config_fit(path: Any, kwargs: dict[str, Any]) -> None:
+    """A config that was read from a folder with compressed weights may be given for one with plain ones."""
+    config = kwargs.get("config")
+    told = getattr(config, "quantization_config", None)
+    if not (isinstance(config, PreTrainedConfig) and isinstance(told, dict) and isinstance(path, str | os.PathLike)):
+        return
+    file = Path(path) / (kwargs.get("subfolder") or "") / str(told.get("weights"))
+    if Path(path).is_dir() and is_compressed({"quantization_config": told}) and not file.is_file():
+        kwargs["config"] = copy.deepcopy(config)
+        forget_format(kwargs["config"])
+
+
 def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_pretrained(
@@ -96,6 +112,7 @@ def _wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
         if config is not None:
             _refuse_quantized(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
         path = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        _let_config_fit(path, kwargs)
         # What is going to be pruned has to be dense first.
         with damage_told(path, kwargs), quantizer.loading_for_kernels(kernels if config is None else None):
             result = original(cls, *args, **kwargs)

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,11 +20,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_sparse.errors import ModelError
-from hf_sparse.execution import sparse_forms
-from hf_sparse.runtime import Form, hold_
-from hf_sparse.storage import QUANT_METHOD, StoredTensor, open_tensors
+from hf_sparse.errors import CheckpointError, ModelError
+from hf_sparse.execution import hold_forms_, sparse_forms
+from hf_sparse.runtime import Form
+from hf_sparse.storage import QUANT_METHOD, StoredTensor, is_compressed_weights, open_tensors
 from hf_sparse.storage.names import check_config
+from hf_sparse.text import one_line
 from hf_sparse.wraps import Wraps
 
 _wraps = Wraps()
@@ -70,13 +72,12 @@ class CompressedReader(HfQuantizer):  # type: ignore[misc]
         config.transformers_weights = self.quantization_config.weights
         return config
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        return weight_conversions
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        return weight_conversions  # the model is given by newer versions of Transformers
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del model.config.transformers_weights
-        for name, form in getattr(self, "forms", {}).items():
-            hold_(model.get_submodule(name.rpartition(".")[0]), form)
+        hold_forms_(model, getattr(self, "forms", {}), **(_kernels.get() or {}))
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -98,7 +99,11 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
         reader = load_config.hf_quantizer
         if not isinstance(reader, CompressedReader):
             return original(model, state_dict, checkpoint_files, load_config, *rest, **more)
-        with open_tensors(checkpoint_files or ()) as stored:
+        plain = dataclasses.replace(load_config, hf_quantizer=None)
+        if state_dict is not None or not checkpoint_files:  # only the config is that of compressed weights
+            return original(model, state_dict, checkpoint_files, plain, *rest, **more)
+        _check_files(checkpoint_files)
+        with open_tensors(checkpoint_files) as stored:
             names = _stay_compressed(model, stored, load_config)
             reader.forms = sparse_forms(
                 model, {name: stored[key] for name, key in names.items()}, **(_kernels.get() or {})
@@ -106,7 +111,6 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
             others = {
                 key: tensor for key, tensor in stored.items() if key not in {names[name] for name in reader.forms}
             }
-            plain = dataclasses.replace(load_config, hf_quantizer=None)
             told, offloaded = original(model, others, checkpoint_files, plain, *rest, **more)
             for name in reader.forms:  # their parameters have no values, and need none
                 told.missing_keys.discard(name)
@@ -116,19 +120,31 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return _load_pretrained_model
 
 
+def _check_files(files: Sequence[str]) -> None:
+    """An index may name any file, and only those of a compressed checkpoint, in one folder, are opened."""
+    strange = next((file for file in files if not is_compressed_weights(Path(file).name)), None)
+    if strange is not None or len({Path(file).parent for file in files}) > 1:
+        raise CheckpointError(
+            f"the index of the weights names {one_line(strange or files[-1], 200)!r}, which is no file of this checkpoint; save the model again."
+        )
+
+
 def _stay_compressed(model: nn.Module, stored: Mapping[str, Any], load_config: Any) -> dict[str, str]:
     """Parameters of the model -> tensors of the checkpoint, where the one is the other as it is stored, and kernels are wanted."""
     devices = {str(device) for device in (load_config.device_map or {}).values()}
-    if _kernels.get() is None or devices - {"cpu"}:
+    compressed = [key for key, tensor in stored.items() if isinstance(tensor, StoredTensor)]
+    if _kernels.get() is None or devices - {"cpu"} or not compressed:
         return {}
     mapping = load_config.weight_mapping or []
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    expected, found = model.state_dict(), {}
-    prefix = getattr(model, "base_model_prefix", "")
-    for key in (key for key, tensor in stored.items() if isinstance(tensor, StoredTensor)):
+    expected: dict[str, Any] = dict(model.named_parameters())
+    ties = getattr(model, "all_tied_weights_keys", None) or {}  # are made once all weights are there
+    prefix, found = getattr(model, "base_model_prefix", ""), {}
+    for key in compressed:
         name, converted = rename_source_key(key, renamings, converters, prefix, expected)
-        if name in expected and converted is None and list(expected[name].shape) == stored[key].get_shape():
+        fits = name in expected and converted is None and list(expected[name].shape) == stored[key].get_shape()
+        if fits and name not in ties and name not in ties.values():
             found[name] = key
     return found
 

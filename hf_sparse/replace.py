@@ -1,5 +1,6 @@
 """Replaces files so that a write that breaks off leaves no half of one, nor a model that is not what it says."""
 
+import json
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hf_sparse.storage.names import INDEX, INDEX_AS_SAVED, is_compressed_weights
+from hf_sparse.storage.names import INDEX, INDEX_AS_SAVED, WEIGHTS, is_compressed_weights, quantization_config
 
 _ASIDE = ".hf_sparse_old-"
 
@@ -27,10 +28,16 @@ def _written(name: str, variant: str | None) -> bool:
     return name == "config.json" or any(re.fullmatch(shape, name) for shape in shapes)
 
 
-def name_index(folder: Path) -> None:
-    """Give the index of compressed shards the name that it is loaded by."""
+def finish_compressed(folder: Path) -> None:
+    """Make compressed weights that have just been written loadable: their index gets its name, and config.json tells of them.
+
+    The model's own config is not touched, as other saves may read it at the same time.
+    """
     if (folder / INDEX_AS_SAVED).is_file():
         os.replace(folder / INDEX_AS_SAVED, folder / INDEX)
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values["quantization_config"] = quantization_config(INDEX if (folder / INDEX).is_file() else WEIGHTS)
+    write_whole(folder / "config.json", (json.dumps(values, indent=2, sort_keys=True) + "\n").encode("utf-8"))
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -72,5 +79,5 @@ def old_weights_aside(folder: Path, variant: str | None, also: Collection[str] =
         for file in moved:
             (folder / (_ASIDE + file.name)).rename(file)
         raise
-    for file in moved:
-        (folder / (_ASIDE + file.name)).unlink()
+    for file in folder.glob(f"{_ASIDE}*"):  # of this save, and of one that was killed
+        file.unlink()

@@ -2,22 +2,20 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import split_torch_state_dict_into_shards
-
 from hf_sparse import checkpoint, publish
 from hf_sparse.errors import ConfigError, unknown
-from hf_sparse.replace import name_index, old_weights_aside, write_whole
+from hf_sparse.replace import finish_compressed, old_weights_aside, write_whole
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import PICTURE_FILE
 from hf_sparse.side_files import describe
-from hf_sparse.storage import FORMATS, compressed_state, quantization_config
-from hf_sparse.storage.names import INDEX, VARIANT, WEIGHTS
+from hf_sparse.storage import FORMATS, compressed_state, is_compressed_weights
+from hf_sparse.storage.names import VARIANT, forget_format
 from hf_sparse.wraps import Wraps
 
 wraps = Wraps()  # what `hooks` has put into Transformers
@@ -28,6 +26,7 @@ class _Saving(NamedTuple):
 
     readme: str  # that of the folder, as it was before
     aside: ExitStack  # closing it ends the local save: what an older save has left is let go
+    compresses: bool
 
 
 _format: ContextVar[str] = ContextVar("hf_sparse_format", default="dense")  # of a push that is under way
@@ -39,33 +38,31 @@ def wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, sparse_format: str | None = None, **kwargs: Any) -> Any:
-        format = sparse_format or _format.get()
-        if format not in FORMATS:
-            raise ConfigError(unknown("sparse_format", format, FORMATS))
-        compresses = format != "dense"
+        compresses = _checked_format(sparse_format or _format.get()) != "dense"
         if not wraps.enabled:
             if compresses:
-                raise ConfigError(f"sparse_format={format!r} needs hf_sparse; call hf_sparse.install() first.")
+                raise ConfigError("sparse_format needs hf_sparse; call hf_sparse.install() first.")
             return original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
         told = given.arguments
         folder, variant = Path(told["save_directory"]), told["variant"]
-        if not (compresses or _saves_weights(self)) or not told["is_main_process"] or folder.is_file():
+        forget_format(self.config)  # of the folder whose config.json it was read from
+        if not told["is_main_process"] or folder.is_file() or not (compresses or _concerns_us(self, folder)):
             return original(self, *args, **kwargs)
         if _saves_weights(self):
             setattr(self.config, checkpoint.CONFIG_KEY, checkpoint.recounted(self, told["state_dict"]))
         with ExitStack() as aside:
             if compresses:
-                aside.enter_context(_compressed(self, told))
+                _compress(self, told)
             folder.mkdir(parents=True, exist_ok=True)
-            token = _saving.set(_Saving(_read_readme(folder), aside) if told["push_to_hub"] else None)
+            token = _saving.set(_Saving(_read_readme(folder), aside, compresses) if told["push_to_hub"] else None)
             aside.callback(_saving.reset, token)
             # The new config.json is written first; beside old weights it would make a model that lies if the save broke off.
             aside.enter_context(old_weights_aside(folder, variant, (REPORT_FILE, PICTURE_FILE)))
             result = original(*given.args, **given.kwargs)
             if compresses:
-                name_index(folder)
+                finish_compressed(folder)
         if not told["push_to_hub"]:
             describe(self, folder)
         return result
@@ -73,9 +70,14 @@ def wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
-@contextmanager
-def _compressed(model: Any, told: dict[str, Any]) -> Iterator[None]:
-    """Turns the arguments of a save into those of a compressed one; inside, the model's config says so."""
+def _checked_format(given: str) -> str:
+    if given not in FORMATS:
+        raise ConfigError(unknown("sparse_format", given, FORMATS))
+    return given
+
+
+def _compress(model: Any, told: dict[str, Any]) -> None:
+    """Turns the arguments of a save into those of a compressed one."""
     if told["variant"] is not None or _saves_adapter(model):
         what = f"variant={told['variant']!r}" if told["variant"] is not None else "adapters"
         raise ConfigError(f"{what} and sparse_format cannot go together; save one without the other.")
@@ -85,14 +87,8 @@ def _compressed(model: Any, told: dict[str, Any]) -> Iterator[None]:
         raise ConfigError(
             "the model is quantized, and only plain weights are saved compressed; leave sparse_format out."
         )
-    told["state_dict"] = state = compressed_state(model, told["state_dict"])
+    told["state_dict"] = compressed_state(model, told["state_dict"])
     told["variant"], told["save_original_format"] = VARIANT, False
-    sharded = split_torch_state_dict_into_shards(state, max_shard_size=told["max_shard_size"]).is_sharded
-    model.config.quantization_config = quantization_config(INDEX if sharded else WEIGHTS)
-    try:
-        yield
-    finally:
-        del model.config.quantization_config
 
 
 def _saves_adapter(model: Any) -> bool:
@@ -105,10 +101,20 @@ def _saves_weights(model: Any) -> bool:
     return claims and not _saves_adapter(model)
 
 
+def _concerns_us(model: Any, folder: Path) -> bool:
+    """Whether a plain save is one of a sparse model, or takes the place of what we have saved there."""
+    if _saves_adapter(model):
+        return False
+    ours = folder.is_dir() and any(
+        is_compressed_weights(path.name) or path.name == REPORT_FILE for path in folder.iterdir()
+    )
+    return _saves_weights(model) or ours
+
+
 def wrap_push(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def push_to_hub(self: Any, *args: Any, sparse_format: str | None = None, **kwargs: Any) -> Any:
-        token = _format.set(sparse_format or _format.get())  # it saves without arguments of ours
+        token = _format.set(_checked_format(sparse_format or _format.get()))  # it saves without arguments of ours
         try:
             return original(self, *args, **kwargs)
         finally:
@@ -124,8 +130,9 @@ def wrap_upload(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _upload_modified_files(self: Any, *args: Any, **kwargs: Any) -> Any:
         saving = _saving.get()
-        name_index(Path(signature.bind(self, *args, **kwargs).arguments["working_dir"]))
         if saving is not None:
+            if saving.compresses:
+                finish_compressed(Path(signature.bind(self, *args, **kwargs).arguments["working_dir"]))
             saving.aside.close()  # the folder is whole, whatever comes of the upload
         model = publish.sparse_model(self) if wraps.enabled else None
         if model is None:

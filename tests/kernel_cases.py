@@ -19,9 +19,7 @@ if given and NAME not in sys.modules:  # another build than the installed one: t
 from hf_sparse import native  # noqa: E402
 
 needs_binary = pytest.mark.skipif(not native.available(), reason=native.why_not())
-# Without hardware that is known to run them, the AMX kernels are tested where somebody asks for it, and with emulated tiles.
-_ASKED = bool(given) or os.environ.get("HF_SPARSE_KERNELS") == "amx"
-SETS = [*(name for name in native.instruction_sets() if name != "amx" or _ASKED), "torch"]
+SETS = [*native.instruction_sets(), "torch"]
 PATTERNS = (
     "unstructured 50 %",
     "unstructured 70 %",

@@ -22,7 +22,7 @@ WAYS = [DENSE, CONTROL, SPARSE] if native.available() else [DENSE, SPARSE]
 
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_sparse.bench.COPIES_BYTES", 1)
+    monkeypatch.setattr("hf_sparse.runtime.copies.copies_bytes", lambda: 1)
     monkeypatch.setattr("hf_sparse.bench.read_bandwidth", lambda: 1e9)
 
 
@@ -100,12 +100,31 @@ def test_the_command(extra: list[str], tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--tokens", "0"], ["--new-tokens", "0"], ["--threads", "-1"], ["--device", "cuda"], ["--pattern", "5:4"]]
+    "wrong",
+    [
+        ["--tokens", "0"],
+        ["--new-tokens", "0"],
+        ["--threads", "-1"],
+        ["--threads", "0"],
+        ["--seconds", "nan"],
+        ["--seconds", "-1"],
+        ["--device", "cuda"],
+        ["--pattern", "5:4"],
+    ],
 )
 def test_refused(wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models.llama().bfloat16().save_pretrained(tmp_path)
     assert main(["bench", str(tmp_path), *wrong]) == 1
     assert "error" in capsys.readouterr().err
+
+
+def test_the_command_says_why_nothing_runs_sparse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models.llama(bos_token_id=None).save_pretrained(tmp_path)
+    for extra in (["--dtype", "float32"], ["--random-weights", "--dtype", "float32", "--pattern", "2:4"]):
+        assert main(["bench", str(tmp_path), *WORDS, *extra]) == 1
+        assert ("no zeros" if len(extra) == 2 else "would round them to bfloat16") in capsys.readouterr().err
+    assert main(["bench", str(tmp_path), *WORDS, "--pattern", "2:4", "--dtype", "bfloat16", "--prompt", "100"]) == 1
+    assert "64 positions" in capsys.readouterr().err
 
 
 def test_times() -> None:
@@ -115,4 +134,18 @@ def test_times() -> None:
     found = interleaved({"a": [lambda: turns.append("a")], "b": [lambda: turns.append("b")]}, 0.0, most=5)
     assert turns == ["a", "b"] * 6  # the first round warms up
     assert {len(times.seconds) for times in found.values()} == {5}
+    assert len(interleaved({"a": [lambda: None]}, 0.0, least=12)["a"].seconds) == 12
     assert read_bandwidth(2**20, 1) > 0
+
+
+def test_rounds_of_the_whole_model() -> None:
+    assert {row.rounds for row in bench(pruned(), **{**QUICK, "rounds": 7}).end_to_end} == {7}
+
+
+def test_a_model_in_training_mode_is_timed_as_it_runs() -> None:
+    model = pruned().train()
+    seen: list[bool] = []
+    model.model.layers[0].register_forward_hook(lambda module, given, result: seen.append(module.training))
+    bench(model, **QUICK)
+    assert set(seen) == {False}
+    assert model.training

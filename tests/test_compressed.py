@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,9 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "small", sparse_format="bitmask")
     plain, small = (type(model).from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("plain", "small"))
     assert same(plain, small)
+    running = type(model).from_pretrained(tmp_path / "small", dtype=torch.bfloat16, use_sparse_kernels=ALWAYS)
+    assert not any(parameter.is_meta for parameter in running.parameters())
+    assert same(plain, running, torch.bfloat16)
     small.save_pretrained(tmp_path / "again", sparse_format="bitmask")
     assert same(plain, type(model).from_pretrained(tmp_path / "again", dtype=torch.float32))
 
@@ -165,6 +169,37 @@ def test_a_model_that_others_pruned_is_saved_compressed(tmp_path: Path) -> None:
     assert not (tmp_path / "hf_sparse_report.json").exists()
 
 
+def test_a_config_of_a_compressed_folder_makes_new_models(tmp_path: Path) -> None:
+    model = pruned(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "small", sparse_format="bitmask")
+    model.save_pretrained(tmp_path / "plain")
+    config = AutoConfig.from_pretrained(tmp_path / "small")
+    assert same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "plain", config=config))
+    given = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=model.state_dict())
+    assert same(model, given)
+    fresh = AutoModelForCausalLM.from_config(config)
+    fresh.save_pretrained(tmp_path / "fresh")
+    assert same(fresh, AutoModelForCausalLM.from_pretrained(tmp_path / "fresh"))
+    prune_(fresh, SparsityConfig(pattern="2:4", metric="magnitude"))
+    hf_sparse.use_sparse_kernels_(fresh, choose="always")
+
+
+def test_several_saves_of_one_model_at_once(tmp_path: Path) -> None:
+    model = pruned()
+    with ThreadPoolExecutor(4) as pool:
+        saves = [
+            pool.submit(model.save_pretrained, tmp_path / f"{format}-{number}", sparse_format=format)
+            for number in range(4)
+            for format in ("dense", "bitmask")
+        ]
+        for save in saves:
+            save.result()
+    for folder in tmp_path.iterdir():
+        compressed = "quantization_config" in json.loads((folder / "config.json").read_text())
+        assert compressed == folder.name.startswith("bitmask")
+        assert same(model, LlamaForCausalLM.from_pretrained(folder))
+
+
 def test_a_given_state_dict_is_what_is_saved(tmp_path: Path) -> None:
     model = pruned()
     given = {key: tensor * 2 for key, tensor in model.state_dict().items()}
@@ -214,6 +249,27 @@ def test_no_weights_of_the_save_before_are_left(first: str, tmp_path: Path) -> N
     assert same(model, LlamaForCausalLM.from_pretrained(tmp_path))
 
 
+def test_a_dense_model_takes_the_place_of_a_compressed_one(tmp_path: Path) -> None:
+    pruned().save_pretrained(tmp_path, sparse_format="bitmask")
+    dense = llama()
+    dense.save_pretrained(tmp_path)
+    assert weights_in(tmp_path) == ["model.safetensors"]
+    assert not (tmp_path / "hf_sparse_report.json").exists()
+    assert same(dense, LlamaForCausalLM.from_pretrained(tmp_path))
+
+
+def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path) -> None:
+    pruned().save_pretrained(tmp_path / "model", sparse_format="bitmask", max_shard_size="6KB")
+    index = tmp_path / "model" / INDEX
+    told = json.loads(index.read_text())
+    first = next(iter(told["weight_map"].values()))
+    (tmp_path / "model" / first).rename(tmp_path / first)
+    told["weight_map"] = {key: f"../{name}" if name == first else name for key, name in told["weight_map"].items()}
+    index.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="no file of this checkpoint"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "model")
+
+
 def test_a_save_that_fails_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pruned()
     model.save_pretrained(tmp_path)
@@ -227,6 +283,12 @@ def test_a_save_that_fails_leaves_the_old_model(tmp_path: Path, monkeypatch: pyt
         pruned(pattern="1:4").save_pretrained(tmp_path, sparse_format="bitmask")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
     assert getattr(model.config, "quantization_config", None) is None
+
+
+def test_a_format_that_is_not_there_is_refused_before_a_repository_is_made(hub: Hub) -> None:
+    with pytest.raises(ConfigError, match="'bitmsk'"):
+        pruned().push_to_hub("user/typo", sparse_format="bitmsk")
+    assert not hub.exists("user/typo")
 
 
 def wrong_config(folder: Path, **changes: Any) -> None:
@@ -244,7 +306,7 @@ def test_a_damaged_file_is_told(way: str, tmp_path: Path) -> None:
     start = 8 + int.from_bytes(content[:8], "little")
     content[start + header["model.layers.0.mlp.up_proj.weight_bitmask"]["data_offsets"][0]] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"up_proj.weight.*damaged|bitmask marks"):
+    with pytest.raises(CheckpointError, match=r"up_proj.weight.*damaged: .*marks"):
         LlamaForCausalLM.from_pretrained(
             tmp_path, use_sparse_kernels={"choose": "always"} if way == "kernels" else False
         )
@@ -305,7 +367,7 @@ ALWAYS = {"choose": "always"}
 
 
 @pytest.mark.parametrize("shards", SHARDS)
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "bert", "t5", "mixtral"])
+@pytest.mark.parametrize("name", sorted(MODELS))
 def test_compressed_weights_stay_compressed(name: str, shards: str, tmp_path: Path) -> None:
     model = pruned(name, torch.bfloat16)
     model.save_pretrained(tmp_path, sparse_format="bitmask", max_shard_size=SHARDS[shards])
@@ -313,10 +375,12 @@ def test_compressed_weights_stay_compressed(name: str, shards: str, tmp_path: Pa
     assert not told["missing_keys"]
     other = type(model).from_pretrained(tmp_path)
     table = hf_sparse.use_sparse_kernels_(other, choose="always")
-    assert [module for module, _ in sparse_modules(running)] == [row.module for row in table.sparse]
+    assert {module for module, _ in sparse_modules(running)} == {row.module for row in table.sparse}
     for (_, one), (_, two) in zip(sparse_modules(running), sparse_modules(other)):
-        for key, tensor in one._form.tensors().items():
-            assert torch.equal(tensor, two._form.tensors()[key])
+        assert one._held.keys() == two._held.keys()
+        for held, form in one._held.items():
+            parts = two._held[held].tensors()
+            assert all(torch.equal(tensor, parts[key]) for key, tensor in form.tensors().items())
     assert same(model, running)
     inputs = {"input_ids": token_rows()} | ({"decoder_input_ids": token_rows()} if name == "t5" else {})
     with torch.no_grad():

@@ -79,9 +79,15 @@ def test_all_else_goes_along_and_the_report_tells_of_the_new_files(format: str, 
     saved(tmp_path / "source", sparse_format=source)
     (tmp_path / "source" / "notes.txt").write_text("mine")
     (tmp_path / "source" / "training_args.bin").write_bytes(b"a pickle")
-    convert(tmp_path / "source", made(tmp_path / "made"), format)
+    (tmp_path / "source" / "_code.py").write_text("mine = 1")
+    (tmp_path / "source" / "vocab.bin").write_bytes(b"words")
+    (tmp_path / "elsewhere").write_text("linked")
+    (tmp_path / "source" / "linked.txt").symlink_to(tmp_path / "elsewhere")
+    done = convert(tmp_path / "source", made(tmp_path / "made"), format)
     names = {path.name for path in (tmp_path / "made").iterdir()}
-    assert {"tokenizer.json", "notes.txt", "generation_config.json", "README.md", "hf_sparse_report.json"} <= names
+    beside = {"tokenizer.json", "notes.txt", "generation_config.json", "README.md", "hf_sparse_report.json"}
+    assert beside | {"_code.py", "vocab.bin", "linked.txt"} <= names
+    assert done.left_out == ("training_args.bin",)
     assert "training_args.bin" not in names
     assert [row for row in verify(tmp_path / "made").rows if row.status == DIFFERS] == []
     needed = "so hf_sparse is needed to load the model" in (tmp_path / "made" / "README.md").read_text()

@@ -113,7 +113,7 @@ def test_infinite_inputs_meet_the_zeros(kernels: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("tokens", [1, 3, 20, 40])
 def test_selected_stripes(kernels: str, threads: int, dtype: torch.dtype, tokens: int) -> None:
     weight, x = sparse("unstructured 70 %", 100, 130, 5), torch.randn(tokens, 130).to(dtype)
     stripes = torch.tensor([6, 0, 3, 3, 5])
@@ -153,8 +153,7 @@ def test_shapes_of_inputs(kernels: str) -> None:
     assert native.matmul(torch.ones(5, 40), packed, out=out) is out
 
 
-@needs_binary
-def test_several_python_threads_at_once() -> None:
+def test_several_python_threads_at_once(kernels: str, threads: int) -> None:
     weights = [sparse("unstructured 50 %", 300, 400, seed) for seed in range(4)]
     packed = [native.pack(weight) for weight in weights]
     inputs = [torch.randn(tokens, 400).bfloat16() for tokens in (1, 5, 40, 130)]
@@ -188,6 +187,11 @@ def test_the_environment_names_the_set() -> None:
         pytest.skip("another process would take the installed build")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "portable"
+
+
+@needs_binary
+def test_the_best_set_is_taken_where_none_is_named(kernels: str) -> None:
+    assert binary.choose("") == native.instruction_sets()[0]
 
 
 @needs_binary

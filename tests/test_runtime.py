@@ -19,7 +19,18 @@ import hf_sparse
 from hf_sparse import SparsityConfig, native, prune_, use_dense_kernels_, use_sparse_kernels_
 from hf_sparse.embedded import model_path
 from hf_sparse.errors import ConfigError, HfSparseError, KernelError, ModelError
-from hf_sparse.runtime import ArrangedForm, PackedForm, choices, hold_, release_, semi_structured, sparse_modules
+from hf_sparse.runtime import (
+    ArrangedForm,
+    PackedForm,
+    SparseModule,
+    choices,
+    copies,
+    hold_,
+    release_,
+    semi_structured,
+    sources,
+    sparse_modules,
+)
 from hf_sparse.runtime.choices import Choices
 
 FAMILIES = ("llama", "mixtral", "phi3", "gpt2", "bert", "t5")
@@ -116,7 +127,11 @@ def test_a_module_stays_what_it_is() -> None:
     assert held.weight.dtype == torch.bfloat16
     assert held.weight.shape == (24, 40)
     assert torch.equal(held.weight + 0, dense.weight)
-    assert {name for name, _ in held.named_buffers()} == {"packed_masks", "packed_offsets", "packed_values"}
+    assert {name for name, _ in held.named_buffers()} == {
+        "weight_packed_masks",
+        "weight_packed_offsets",
+        "weight_packed_values",
+    }
 
 
 def test_state_dicts_go_both_ways() -> None:
@@ -133,7 +148,7 @@ def test_state_dicts_go_both_ways() -> None:
 def test_a_copy_has_weights_of_its_own() -> None:
     dense, held = linear()
     copied = copy.deepcopy(held)
-    held.packed_values.zero_()
+    held.weight_packed_values.zero_()
     assert torch.equal(copied.state_dict()["weight"], dense.weight)
 
 
@@ -143,7 +158,7 @@ def test_dtypes_that_the_kernels_know_are_no_hindrance() -> None:
     assert held.state_dict()["weight"].dtype == torch.float32
     x = torch.randn(4, 40)
     torch.testing.assert_close(held(x), dense.float()(x))
-    assert held.packed_values.dtype == torch.bfloat16
+    assert held.weight_packed_values.dtype == torch.bfloat16
 
 
 WRITES: dict[str, Callable[[Any], object]] = {
@@ -346,16 +361,39 @@ def test_why_dense() -> None:
 
 def test_measured_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(
-        choices, "measure", lambda weight, tokens: asked.append(tokens) or (2.0 if tokens == 1 else 0.5)
-    )
-    table = use_sparse_kernels_(pruned(), tokens=(1, 16))
+
+    def measure(matrix: torch.Tensor, tokens: list[int], transposed: bool, bias: bool) -> choices.Speedups:
+        asked.extend(tokens)
+        return {count: choices.Speedup(2.0 if count == 1 else 0.5, 0.75 if count > 99 else 0.1) for count in tokens}
+
+    monkeypatch.setattr(choices, "measure", measure)
+    table = use_sparse_kernels_(pruned(), tokens=(1, 16, 512))
     assert table.sparse
     assert "2.00x for 1" in str(table)
-    assert len(asked) == 2 * len({row.shape for row in table.rows})
-    assert not use_sparse_kernels_(pruned(), tokens=(16,)).sparse
-    assert len(asked) == 2 * len({row.shape for row in table.rows})
+    assert "slower than dense for 16 and 512 tokens" in str(table)
+    assert "made dense for each product from 512 tokens on" in str(table)
+    assert {row.speedups[512] for row in table.rows} == {0.75}
+    shapes = len({row.shape for row in table.rows})
+    assert len(asked) == 3 * shapes
+    again = use_sparse_kernels_(pruned(), tokens=(16,))
+    assert not again.sparse
+    assert "slower" not in str(again)
+    assert len(asked) == 3 * shapes
     json.dumps(table.to_dict())
+
+
+def test_times_of_another_instruction_set_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(
+        choices, "measure", lambda weight, tokens, *_: {count: choices.Speedup(2.0, 1.0) for count in tokens}
+    )
+    for name in ("avx512", "amx", "amx"):
+        monkeypatch.setattr(choices, "instruction_set", lambda name=name: name)
+        known = Choices()
+        found.append(len(known._known))
+        known.speedups(sources.InMemory(torch.zeros(8, 8), False), (1,))
+        known.save()
+    assert found == [0, 0, 2]
 
 
 def test_without_compiled_kernels_nothing_is_packed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +403,86 @@ def test_without_compiled_kernels_nothing_is_packed_unasked(monkeypatch: pytest.
 
 
 def test_a_measurement() -> None:
-    assert choices.measure(sparse("2:4 input", 64, 64, 0), 2) > 0
+    state = torch.get_rng_state()
+    for transposed in (False, True):
+        found = choices.measure(sparse("2:4 input", 64, 48, 0), (2, 5), transposed, bias=True)
+        assert set(found) == {2, 5}
+        assert min(min(both) for both in found.values()) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("expanded", "start"),
+    [((0.1, 0.1, 0.1), None), ((0.1, 2.0, 0.1), None), ((0.1, 0.1, 2.0), 512), ((2.0, 2.0, 2.0), 1)],
+)
+def test_from_how_many_tokens_on_a_matrix_is_expanded(expanded: tuple[float, ...], start: int | None) -> None:
+    speedups = {count: choices.Speedup(1.0, speedup) for count, speedup in zip((1, 16, 512), expanded)}
+    assert choices.expands_from(speedups) == start
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_matrix_is_expanded_for_many_tokens(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, held = linear(dtype)
+    hold_(module := copy.deepcopy(dense), PackedForm(held._form.packed, expands_from=4))
+    module.load_state_dict(dense.state_dict())  # packs anew, but remembers
+    asked: list[torch.Size] = []
+    own = native.matmul
+    monkeypatch.setattr("hf_sparse.runtime.forms.matmul", lambda x, *rest: asked.append(x.shape) or own(x, *rest))
+    for shape in ((3, 40), (4, 40), (2, 2, 40), (0, 40), (40,)):
+        x = torch.linspace(-1, 1, max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()].view(shape).to(dtype)
+        torch.testing.assert_close(module(x), dense(x))
+    assert asked == [(3, 40), (0, 40), (40,)]
+
+
+def test_what_is_timed_is_what_runs() -> None:
+    matrix = sparse("2:4 input", 24, 40, 0)
+    forms: dict[str, Any] = {"dense": lambda: None, "sparse": lambda: PackedForm(native.pack(matrix))}
+    for transposed, kind in ((False, nn.Linear), (True, Conv1D)):
+        modules = copies.in_modules(matrix, forms, transposed=transposed, bias=True)
+        dense, held = modules["dense"][0], modules["sparse"][0]
+        assert type(dense) is kind
+        assert dense.bias is not None
+        assert isinstance(held, SparseModule)
+        assert len(modules["dense"]) == len(modules["sparse"]) > 1
+        x = torch.ones(2, 40).bfloat16()
+        torch.testing.assert_close(held(x), dense(x))
+
+
+def test_copies_exceed_the_caches(tmp_path: Path) -> None:
+    for index, size in enumerate(("48K", "2048K", "300M")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert copies.copies_bytes(str(tmp_path)) == 450 * 2**20
+    (tmp_path / "index3").mkdir()
+    (tmp_path / "index3" / "size").write_text("2G")
+    assert copies.copies_bytes(str(tmp_path)) == 512 * 2**20
+    assert copies.copies_bytes(str(tmp_path / "none")) == 64 * 2**20
+
+
+def test_what_a_time_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {choices.machine()}
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "another")
+    seen.add(choices.machine())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    seen.add(choices.machine())
+    monkeypatch.setattr(choices, "_build", lambda: "another")
+    seen.add(choices.machine())
+    monkeypatch.setattr(choices, "clock_name", lambda: "another")
+    seen.add(choices.machine())
+    monkeypatch.setattr(choices, "_flags", lambda: ["another"])
+    seen.add(choices.machine())
+    assert len(seen) == 6
+
+
+def test_without_a_home_nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("HF_SPARSE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(choices, "measure", lambda matrix, tokens, *rest: dict.fromkeys(tokens, choices.Speedup(2, 1)))
+    assert use_sparse_kernels_(pruned()).sparse
 
 
 @pytest.mark.parametrize(
@@ -377,7 +494,7 @@ def test_a_damaged_memory_counts_as_empty(content: str, tmp_path: Path) -> None:
     assert Choices(file)._known == {}
 
 
-@pytest.mark.parametrize("value", ["true", '"2"', "NaN", "0", "-1", "null"])
+@pytest.mark.parametrize("value", ["true", '"2"', "NaN", "0", "-1", "null", "1e999", "9" * 400, "9" * 5000])
 def test_a_damaged_time_is_not_believed(value: str, tmp_path: Path) -> None:
     file = tmp_path / "timings.json"
     file.write_text(json.dumps({"format": 1, "machines": {choices.machine(): {"a": 0}}}).replace("0}", f"{value}}}"))

@@ -188,7 +188,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "a square shape": (lambda t: t.update({"a.weight_shape": torch.tensor([[64, 96]])}), "not as a row"),
     "a bitmask of int8": (lambda t: t.update({"a.weight_bitmask": t["a.weight_bitmask"].view(torch.int8)}), "I8"),
     "a square of values": (lambda t: t.update({"a.weight_values": torch.ones(64, 48)}), "where a row should stand"),
-    "values of bool": (lambda t: t.update({"a.weight_values": t["a.weight_values"].bool()}), "not a row of numbers"),
+    "values of bool": (lambda t: t.update({"a.weight_values": t["a.weight_values"].bool()}), "its values are BOOL"),
     "values left away": (lambda t: t.pop("a.weight_values"), "'a.weight_values' is missing"),
     "shape left away": (lambda t: t.pop("a.weight_shape"), "'a.weight_shape' is missing"),
     "plain as well": (lambda t: t.update({"a.weight": torch.ones(64, 96)}), "both plain and compressed"),

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     folder = check_recordable(model_name(arguments), arguments.dtype) if arguments.record else None
     before = torch.get_num_threads()
-    if arguments.threads:
+    if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
         model = _model(arguments)
@@ -87,10 +87,12 @@ def _check(arguments: argparse.Namespace) -> None:
             "--record tells of the saved model, and --random-weights, --pattern and --sparsity measure another one; leave one out."
         )
     numbers = {name: getattr(arguments, name) for name in ("prompt", "new_tokens", "prefill", "rounds")}
-    numbers.update(tokens=min(arguments.tokens), threads=arguments.threads or 1)
+    numbers.update(tokens=min(arguments.tokens), threads=1 if arguments.threads is None else arguments.threads)
     wrong = next((name for name, value in numbers.items() if value < 1), None)
     if wrong:
         raise ConfigError(f"--{wrong.replace('_', '-')} is {numbers[wrong]}; give at least 1.")
+    if not 0 <= arguments.seconds < float("inf"):
+        raise ConfigError(f"--seconds is {arguments.seconds}; give a number of at least 0.")
 
 
 def _model(arguments: argparse.Namespace) -> Any:

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 from hf_sparse.cli.writing import check_destination, complete_folder
-from hf_sparse.convert import SHARD_SIZE, convert
-from hf_sparse.remote import Repository, open_place
+from hf_sparse.convert import SHARD_SIZE, convert, files_beside
+from hf_sparse.hub import is_weights
+from hf_sparse.remote import CONFIG, Folder, Repository, open_place
 from hf_sparse.storage import FORMATS
-from hf_sparse.verify.files import wanted
+from hf_sparse.text import one_line
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     place = open_place(
         arguments.source, revision=arguments.revision, token=arguments.token, cache_dir=arguments.cache_dir
     )
-    folder = place.download(wanted(place.files, with_code=True)) if isinstance(place, Repository) else place.path
+    folder = place.path if isinstance(place, Folder) else _downloaded(place)
     with complete_folder(arguments.destination, arguments.overwrite) as fresh:
         done = convert(folder, fresh, arguments.to, arguments.max_shard_size)
     if arguments.json:
@@ -48,4 +49,14 @@ def run(arguments: argparse.Namespace) -> None:
         f"{done.compressed} of {done.tensors} tensors are compressed; the weights take {done.bytes / 2**20:.1f} MiB instead of "
         f"{done.bytes_before / 2**20:.1f} MiB ({done.bytes / max(1, done.bytes_before):.3f} of it)."
     )
+    if done.left_out:
+        print(
+            f"not copied: {', '.join(one_line(name, 120) for name in done.left_out[:5])}{' and more' if done.left_out[5:] else ''}"
+        )
     print(f"written to {arguments.destination}")
+
+
+def _downloaded(place: Repository) -> Path:
+    """Nothing of a repository is run; its code goes along."""
+    beside, _ = files_beside(place.files)
+    return place.download([*beside, *(name for name in place.files if is_weights(name) or name == CONFIG)])

@@ -12,6 +12,7 @@ from hf_sparse.report_text import percent
 from hf_sparse.sites import count_zeros
 from hf_sparse.storage import StoredTensor, open_tensors
 from hf_sparse.text import one_line
+from hf_sparse.verify.sizes import loaded_weights
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def count_folder(folder: Path) -> dict[str, dict[str, Any]]:
     """Zeros of every tensor of two dimensions and more in the folder's safetensors files, one tensor in memory at a time."""
     found: dict[str, dict[str, Any]] = {}
-    with open_tensors([folder / name for name in weight_files(Folder(str(folder), folder))]) as stored:
+    with open_tensors([folder / name for name in loaded_weights(Folder(str(folder), folder))]) as stored:
         for key, slice in stored.items():
             if len(slice.get_shape()) >= 2:
                 tensor = slice[...]

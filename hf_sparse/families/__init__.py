@@ -71,9 +71,9 @@ def _sites_of_block(block: Block, exclusions: Exclusions, seen: Seen, left_out: 
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """A module's own parameters; the weight of one that runs on sparse kernels is none any more, but a site all the same."""
+    """A module's own parameters; what runs on sparse kernels is none any more, but a site all the same."""
     if isinstance(module, SparseModule):
-        yield "weight", module.weight
+        yield from ((name, getattr(module, name)) for name in module._held)
     yield from module.named_parameters(recurse=False)
 
 

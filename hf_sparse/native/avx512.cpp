@@ -301,8 +301,8 @@ static void arrange(const Job& job, int64_t tile) {
 }
 
 template <class Input>
-constexpr Kernels table{"avx512", 256, arranged_bytes<Input>, arranged_tiles, arrange<Input>, scratch_bytes<Input>,
-                        nullptr, nullptr, run<Input>};
+constexpr Kernels table{"avx512", 256, group_size, arranged_bytes<Input>, arranged_tiles, arrange<Input>,
+                        scratch_bytes<Input>, nullptr, nullptr, run<Input>};
 
 }  // namespace
 

@@ -8,9 +8,7 @@ import torch  # noqa: F401  # first: its OpenMP library then serves the kernels 
 
 from hf_sparse.errors import ConfigError
 
-VARIABLE = "HF_SPARSE_KERNELS"  # portable, avx512 or amx; unset takes the first of these that there is:
-# The AMX kernels are left out, as they have not been run yet on a processor that has the instructions, only with emulated tiles.
-_PROVEN = ("avx512", "portable")
+VARIABLE = "HF_SPARSE_KERNELS"  # portable, avx512 or amx; unset takes the best one that the processor has
 
 
 @cache
@@ -28,7 +26,7 @@ def load() -> tuple[Any, str]:
 
 @cache
 def kernels() -> Any:
-    """The extension module, set to the instruction set that the environment names or the best proven one; None where there is none."""
+    """The extension module, set to the instruction set that the environment names or the best one; None where there is none."""
     module, _ = load()
     if module is not None:
         choose(os.environ.get(VARIABLE, ""))
@@ -36,12 +34,12 @@ def kernels() -> Any:
 
 
 def choose(name: str) -> str:
-    """Takes another instruction set; an empty name is the best one that is proven. Returns the one taken."""
+    """Takes another instruction set; an empty name is the best one there is. Returns the one taken."""
     module, reason = load()
     if module is None:
         raise ConfigError(f"{VARIABLE} cannot be {name!r}: {reason}")
     try:
-        return str(module.choose(name or next(known for known in _PROVEN if module.has(known))))
+        return str(module.choose(name))
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

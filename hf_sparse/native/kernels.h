@@ -5,9 +5,6 @@
 
 namespace hf_sparse {
 
-constexpr int64_t group_stripes = 4;  // stripes that are worked on together: 64 outputs
-constexpr int64_t group_rows = group_stripes * 16;
-
 // One product y = x W^T (+ bias), as the kernels see it. `masks` and `offsets` are null for a dense weight, whose values are in
 // the same order with nothing left out.
 struct Job {
@@ -26,6 +23,7 @@ struct Job {
 struct Kernels {
   const char* name;
   int64_t most_tokens;  // at a time: the inputs and the sums of a group should stay in the caches
+  int64_t (*group_size)(const Job&);                                   // stripes that are worked on together
   int64_t (*arranged_bytes)(const Job&);
   int64_t (*arranged_tiles)(const Job&);                               // parts of the inputs that can be arranged apart
   void (*arrange)(const Job&, int64_t tile);

@@ -57,7 +57,6 @@ void multiply(const Kernels& kernels, Job job, bool single_precision, int thread
   const int64_t bytes = single_precision ? 4 : 2;
   const int64_t tokens = job.tokens;
   const int64_t rounds = (tokens + kernels.most_tokens - 1) / kernels.most_tokens;
-  const int64_t groups = (job.stripes + group_stripes - 1) / group_stripes;
   const char* inputs = static_cast<const char*>(job.inputs);
   char* outputs = static_cast<char*>(job.outputs);
   for (int64_t round = 0; round < rounds; ++round) {
@@ -67,7 +66,8 @@ void multiply(const Kernels& kernels, Job job, bool single_precision, int thread
     job.outputs = outputs + start * job.output_stride * bytes;
     job.arranged = arranged_inputs.reserve(kernels.arranged_bytes(job));
     if (!job.arranged) throw std::bad_alloc();
-    const int64_t products = groups * group_rows * job.pairs * 2 * std::min<int64_t>(job.tokens, 16);
+    const int64_t groups = (job.stripes + kernels.group_size(job) - 1) / kernels.group_size(job);
+    const int64_t products = job.stripes * stripe_rows * job.pairs * 2 * std::min<int64_t>(job.tokens, 16);
     const int64_t useful = std::min(groups, products / work_of_a_thread + 1);
     const int team = static_cast<int>(std::min<int64_t>(allowed_threads(threads), useful));
     // A few portions for each thread: one that is held up leaves the rest to the others.

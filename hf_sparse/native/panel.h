@@ -1,5 +1,6 @@
-// The order of work that all instruction sets share: a group of stripes is expanded piece by piece into a panel that stays in the
-// cache, and each piece is multiplied with all tokens while the sums of the group stay in the cache as well.
+// What the instruction sets share: groups of stripes, tiles of tokens, and an order of work in which a group of stripes is expanded
+// piece by piece into a panel that stays in the cache, and each piece is multiplied with all tokens while the sums of the group stay
+// in the cache as well.
 //
 // This file is compiled once per instruction set, with that set's compiler flags. Everything in it has internal linkage and uses
 // nothing of the standard library: the linker keeps one copy of a shared inline function, and that copy could hold instructions
@@ -11,6 +12,11 @@
 
 namespace hf_sparse {
 namespace {
+
+constexpr int64_t group_stripes = 4;  // worked on together: 64 outputs
+constexpr int64_t group_rows = group_stripes * stripe_rows;
+
+static inline int64_t group_size(const Job&) { return group_stripes; }
 
 static inline int64_t smaller(int64_t first, int64_t second) { return first < second ? first : second; }
 

@@ -81,7 +81,7 @@ static void arrange(const Job& job, int64_t tile) {
 }
 
 template <class Input>
-constexpr Kernels table{"portable", 256, arranged_bytes<Input>, arranged_tiles, arrange<Input>,
+constexpr Kernels table{"portable", 256, group_size, arranged_bytes<Input>, arranged_tiles, arrange<Input>,
                         panel_scratch<Portable<Input>>, nullptr, nullptr, run_panel<Portable<Input>>};
 
 }  // namespace

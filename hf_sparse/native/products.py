@@ -1,9 +1,11 @@
 """Products of inputs with packed weights."""
 
 import torch
+from torch.autograd import forward_ad
 
 from hf_sparse.errors import KernelError
 from hf_sparse.native import torch_path
+from hf_sparse.native.addresses import address, address_of_spaced, overlap
 from hf_sparse.native.binary import kernels, why_not
 from hf_sparse.native.layout import STRIPE_ROWS
 from hf_sparse.native.packed import Arranged, Packed
@@ -15,15 +17,21 @@ def matmul(
     x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x (..., in) times the transposed weight, plus the bias, in x's dtype; sums are kept in float32 and rounded once."""
-    x, out = prepared(x, packed.shape, bias, out)
+    x = checked_input(x, packed.shape)
+    weight = packed.addresses()
+    if bias is not None:
+        check_bias(bias, x, packed.shape[0])
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], packed.shape[0]))
+    else:
+        check_out(out, x, packed.shape[0], (x, bias, packed.masks, packed.offsets, packed.values))
     module = kernels()
     if module is None:
         torch_path.say_slow(why_not())
         return out.copy_(torch_path.linear(x, packed.unpack(), bias))
     module.product(
-        packed.masks.data_ptr(), packed.offsets.data_ptr(), packed.values.data_ptr(), *packed.shape, 0, 0,
-        x.data_ptr(), x.numel() // packed.shape[1], 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-        x.dtype == torch.float32, torch.get_num_threads(),
+        *weight, *packed.shape, 0, 0, address(x), x.numel() // packed.shape[1], 0 if bias is None else address(bias),
+        address(out), x.dtype is torch.float32, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -37,18 +45,17 @@ def matmul_selected(x: torch.Tensor, packed: Packed, stripes: torch.Tensor) -> t
     if stripes.dtype != torch.int64 or stripes.dim() != 1 or stripes.device.type != "cpu":
         given = f"{stripes.dtype} on {stripes.device} with shape {tuple(stripes.shape)}"
         raise KernelError(f"Stripes are selected by a 1-D tensor of int64 on the CPU; given is {given}.")
-    stripes = stripes.contiguous()
+    stripes, weight = stripes.contiguous(), packed.addresses()
     module = kernels()
     if module is None:
         torch_path.say_slow(why_not())
         return select_slowly(x, packed, stripes)
-    out = x.new_empty(*x.shape[:-1], len(stripes) * STRIPE_ROWS)
+    out = x.new_empty((*x.shape[:-1], len(stripes) * STRIPE_ROWS))
     if out.numel():
         try:
             module.product(
-                packed.masks.data_ptr(), packed.offsets.data_ptr(), packed.values.data_ptr(), *packed.shape,
-                stripes.data_ptr(), len(stripes), x.data_ptr(), x.numel() // packed.shape[1], 0, out.data_ptr(),
-                x.dtype == torch.float32, torch.get_num_threads(),
+                *weight, *packed.shape, address(stripes), len(stripes), address(x), x.numel() // packed.shape[1], 0,
+                address(out), x.dtype is torch.float32, torch.get_num_threads(),
             )  # fmt: skip
         except ValueError as error:
             raise KernelError(f"{error}.") from None
@@ -59,7 +66,7 @@ def select_slowly(x: torch.Tensor, packed: Packed, stripes: torch.Tensor) -> tor
     count = len(packed.masks)
     if len(stripes) and not 0 <= int(stripes.min()) <= int(stripes.max()) < count:
         raise KernelError(f"Stripes from 0 to {count - 1} can be selected; given are {stripes.tolist()}.")
-    weight = torch.zeros(count * STRIPE_ROWS, packed.shape[1], dtype=torch.bfloat16)
+    weight = torch.zeros(count * STRIPE_ROWS, packed.shape[1], dtype=torch.bfloat16, device="cpu")
     weight[: packed.shape[0]] = packed.unpack()
     return torch_path.linear(x, weight.view(count, STRIPE_ROWS, -1)[stripes].flatten(0, 1), None)
 
@@ -68,59 +75,78 @@ def dense_matmul(
     x: torch.Tensor, arranged: Arranged, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The same product with a dense weight: the control that tells what sparsity itself gains."""
-    x, out = prepared(x, arranged.shape, bias, out)
+    x = checked_input(x, arranged.shape)
+    weight = arranged.address()
+    if bias is not None:
+        check_bias(bias, x, arranged.shape[0])
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], arranged.shape[0]))
+    else:
+        check_out(out, x, arranged.shape[0], (x, bias, arranged.values))
     module = kernels()
     if module is None:
         raise KernelError(f"The dense control is there for comparison with the compiled kernels: {why_not()}")
     module.product(
-        0, 0, arranged.values.data_ptr(), *arranged.shape, 0, 0, x.data_ptr(), x.numel() // arranged.shape[1],
-        0 if bias is None else bias.data_ptr(), out.data_ptr(), x.dtype == torch.float32, torch.get_num_threads(),
+        0, 0, weight, *arranged.shape, 0, 0, address(x), x.numel() // arranged.shape[1],
+        0 if bias is None else address(bias), address(out), x.dtype is torch.float32, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def checked_input(x: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """The input, contiguous, after its dtype, device and width have been looked at."""
-    if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() == 0 or x.shape[-1] != shape[1]:
+    if x.dtype not in DTYPES or not x.is_cpu or x.dim() == 0 or x.shape[-1] != shape[1]:
         raise KernelError(
             f"Inputs must be bfloat16 or float32 on the CPU with shape (..., {shape[1]}); given is {x.dtype} on {x.device} "
             f"with shape {tuple(x.shape)}. Convert them, or unpack the weight."
         )
-    if x.requires_grad and torch.is_grad_enabled():
+    refuse_gradient(x)
+    if torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+        refuse_recording()
+    if x.is_contiguous() and not x.is_neg():
+        return x
+    address_of_spaced(x)
+    return x.resolve_neg().contiguous()
+
+
+def refuse_gradient(tensor: torch.Tensor) -> None:
+    """Refuses a tensor that wants a gradient or has a tangent, of which the product would know nothing."""
+    if tensor.requires_grad and torch.is_grad_enabled():
         raise KernelError(
             "No gradient flows through packed weights. Use torch.no_grad(), or unpack the weight to train."
         )
-    return x.contiguous()
+    refuse_tangent(tensor)
 
 
-def prepared(
-    x: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    x = checked_input(x, shape)
-    if bias is not None and (
-        bias.shape != shape[:1] or bias.dtype != x.dtype or bias.device != x.device or not bias.is_contiguous()
-    ):
+def refuse_tangent(tensor: torch.Tensor) -> None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise KernelError("No tangent flows through packed weights. Unpack the weight for forward differentiation.")
+
+
+def refuse_recording() -> None:
+    """Refuses a product that a recording would hold as a constant; modules on sparse kernels use an operator there."""
+    modes = range(torch._C._len_torch_dispatch_stack())
+    proxies = any("Proxy" in type(torch._C._get_dispatch_stack_at(index)).__name__ for index in modes)
+    if proxies or torch._C._is_tracing():
+        raise KernelError("This product cannot be traced. Trace a model after hf_sparse.use_sparse_kernels_(model).")
+
+
+def check_bias(bias: torch.Tensor, x: torch.Tensor, rows: int) -> None:
+    if bias.dtype is not x.dtype or bias.shape != (rows,) or not bias.is_cpu or not bias.is_contiguous():
         raise KernelError(
-            f"The bias must be {x.dtype} on the CPU, contiguous, with shape ({shape[0]},); given is {bias.dtype} on "
+            f"The bias must be {x.dtype} on the CPU, contiguous, with shape ({rows},); given is {bias.dtype} on "
             f"{bias.device} with shape {tuple(bias.shape)}."
         )
-    wanted = (*x.shape[:-1], shape[0])
-    if out is None:
-        return x, torch.empty(wanted, dtype=x.dtype)
-    if (
-        out.shape != wanted
-        or out.dtype != x.dtype
-        or out.device != x.device
-        or not out.is_contiguous()
-        or overlaps(x, out)
-    ):
+    refuse_gradient(bias)
+
+
+def check_out(out: torch.Tensor, x: torch.Tensor, rows: int, read: tuple[torch.Tensor | None, ...]) -> None:
+    """Refuses an output that does not fit, or that lies where something is read."""
+    wanted = (*x.shape[:-1], rows)
+    fits = out.shape == wanted and out.dtype is x.dtype and out.is_cpu and out.is_contiguous()
+    if not fits or any(part is not None and overlap(out, part) for part in read):
         raise KernelError(
-            f"out must be {x.dtype} on the CPU, contiguous, with shape {wanted}, and share no memory with the input; given is "
-            f"{out.dtype} on {out.device} with shape {tuple(out.shape)}."
+            f"out must be {x.dtype} on the CPU, contiguous, with shape {wanted}, and share no memory with the input, the weight "
+            f"and the bias; given is {out.dtype} on {out.device} with shape {tuple(out.shape)}."
         )
-    return x, out
-
-
-def overlaps(first: torch.Tensor, second: torch.Tensor) -> bool:
-    starts, ends = (first.data_ptr(), second.data_ptr()), (first.nbytes, second.nbytes)
-    return starts[0] < starts[1] + ends[1] and starts[1] < starts[0] + ends[0]
+    refuse_gradient(out)

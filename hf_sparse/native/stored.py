@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from hf_sparse.errors import KernelError
+from hf_sparse.native.addresses import address
 from hf_sparse.native.binary import kernels
 
 _WIDTHS = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -29,14 +30,12 @@ def spread_bits(values: torch.Tensor, bitmask: torch.Tensor, size: int) -> torch
     marked = int(np.bitwise_count(bitmask.numpy()).sum(dtype=np.int64))
     if marked != values.numel():
         raise KernelError(f"The bitmask marks {marked} elements, but there are {values.numel()} values.")
-    row = torch.empty(size, dtype=values.dtype)
+    row = torch.empty(size, dtype=values.dtype, device="cpu")
     module = kernels()
     if module is None:
         _spread_slowly(values.numpy(), bitmask.numpy(), row.numpy())
     elif size:
-        module.spread_bits(
-            values.data_ptr(), bitmask.data_ptr(), size, values.element_size(), row.data_ptr(), values.numel()
-        )
+        module.spread_bits(address(values), address(bitmask), size, values.element_size(), address(row), values.numel())
     return row
 
 
@@ -54,10 +53,8 @@ def gather_bits(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     module = kernels()
     if module is None:
         return torch.from_numpy(row.numpy()[kept]), bits
-    values = torch.empty(int(np.count_nonzero(kept)), dtype=row.dtype)
-    module.gather_bits(
-        row.data_ptr(), bits.data_ptr(), row.numel(), row.element_size(), values.data_ptr(), values.numel()
-    )
+    values = torch.empty(int(np.count_nonzero(kept)), dtype=row.dtype, device="cpu")
+    module.gather_bits(address(row), address(bits), row.numel(), row.element_size(), address(values), values.numel())
     return values, bits
 
 

@@ -10,11 +10,10 @@ import torch
 from hf_sparse.errors import CheckpointError
 from hf_sparse.remote.headers import Tensor
 from hf_sparse.storage import plain_tensors
-from hf_sparse.storage.bitmask import checked_shape, damaged
+from hf_sparse.storage.bitmask import MOST_DIMENSIONS, checked_shape, damaged
 from hf_sparse.storage.names import BITMASK, SHAPE, VALUES
 from hf_sparse.text import one_line
 
-_MOST_DIMENSIONS = 16
 _FURTHEST = 2**25  # bytes: safetensors puts the widest numbers first, so shapes lie right behind the header
 
 
@@ -26,7 +25,7 @@ def joined(place: Any, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     shapes = [tensor for name, tensor in stored.items() if name.endswith(SHAPE)]
     ends: dict[str, int] = {}
     for shape in shapes:
-        ends[shape.file] = max(ends.get(shape.file, 0), min(_FURTHEST, shape.offset + 8 * _MOST_DIMENSIONS))
+        ends[shape.file] = max(ends.get(shape.file, 0), min(_FURTHEST, shape.offset + 8 * MOST_DIMENSIONS))
 
     @cache
     def start(file: str) -> bytes:
@@ -34,7 +33,7 @@ def joined(place: Any, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     def join(name: str, parts: Mapping[str, Tensor]) -> Tensor:
         shape, bitmask, values = parts[SHAPE], parts[BITMASK], parts[VALUES]
-        if shape.dtype != "I64" or len(shape.shape) != 1 or shape.size > _MOST_DIMENSIONS:
+        if shape.dtype != "I64" or len(shape.shape) != 1 or shape.size > MOST_DIMENSIONS:
             raise damaged(
                 name, f"its shape is stored as {shape.dtype} {list(shape.shape)}, not as a short row of int64"
             )

@@ -6,12 +6,12 @@ from typing import TypeGuard
 
 from hf_sparse.errors import CheckpointError
 from hf_sparse.schema import parse_json
+from hf_sparse.storage.bitmask import MOST_DIMENSIONS
 from hf_sparse.text import one_line
 
 # A hundred thousand tensors have a header of about ten megabytes; huggingface_hub reads no more than this either.
 LARGEST_HEADER = 25_000_000
 LENGTH_BYTES = 8  # in front of the header, little-endian
-_MOST_DIMENSIONS = 16
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -77,7 +77,7 @@ def _span(file: str, tensor: str, entry: object, start: int) -> tuple[int, int, 
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not (_whole_numbers(shape) and _whole_numbers(offsets) and isinstance(dtype, str) and len(offsets) == 2):
         raise _lies(file, f"what its header says of {shown!r} cannot be understood")
-    if len(shape) > _MOST_DIMENSIONS:
+    if len(shape) > MOST_DIMENSIONS:
         raise _lies(file, f"{shown!r} would have {len(shape)} dimensions")
     if dtype not in _BITS:
         raise _lies(

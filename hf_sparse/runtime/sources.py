@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 import torch
 
+from hf_sparse.errors import KernelError
 from hf_sparse.native import pack, pack_stored
-from hf_sparse.runtime.forms import PackedForm
+from hf_sparse.runtime.forms import PackedForm, StackedForm
 from hf_sparse.sites import count_zeros
 
 
@@ -30,23 +31,42 @@ class Source(Protocol):
     def zeros(self) -> float | None: ...  # share of the weights; None where they are not here
 
     def matrix(self) -> torch.Tensor:
-        """The dense matrix (out, in)."""
+        """The dense matrix (out, in), or that of each expert (experts, out, in)."""
         ...
 
     def is_bfloat16(self) -> bool:
         """Whether rounding to bfloat16 changes no weight."""
         ...
 
-    def packed(self) -> PackedForm: ...
+    def packed(self, expands_from: int | None = None) -> PackedForm | StackedForm: ...
 
 
 def matrix_shape(source: Source) -> tuple[int, ...]:
-    """(out, in)."""
-    return source.shape[::-1] if source.transposed else source.shape
+    """(out, in), or (experts, out, in)."""
+    *first, rows, columns = source.shape
+    return (*first, columns, rows) if source.transposed else source.shape
+
+
+def sample(source: Source) -> torch.Tensor:
+    """One matrix (out, in) to measure with."""
+    matrix = source.matrix()
+    return matrix if matrix.dim() == 2 else matrix[0]
+
+
+def packed_form(matrix: torch.Tensor, expands_from: int | None) -> PackedForm | StackedForm:
+    if matrix.dim() == 2:
+        return PackedForm(pack(matrix.bfloat16()), expands_from)
+    return StackedForm(tuple(PackedForm(pack(one.bfloat16()), expands_from) for one in matrix))
 
 
 def dense_bytes(source: Source) -> int:
     return source.dtype.itemsize * torch.Size(source.shape).numel()
+
+
+def is_bfloat16(weight: torch.Tensor) -> bool:
+    """Whether rounding to bfloat16 changes no weight; a NaN stays one."""
+    rounded = weight.to(torch.bfloat16).to(weight.dtype)
+    return bool(((rounded == weight) | weight.isnan()).all())
 
 
 @dataclass(frozen=True)
@@ -71,13 +91,13 @@ class InMemory:
         return None if self.device.type == "meta" else count_zeros(self.weight) / max(1, self.weight.numel())
 
     def matrix(self) -> torch.Tensor:
-        return self.weight.T if self.transposed else self.weight
+        return self.weight.mT if self.transposed else self.weight
 
     def is_bfloat16(self) -> bool:
-        return torch.equal(self.weight.bfloat16().to(self.dtype), self.weight)
+        return is_bfloat16(self.weight)
 
-    def packed(self) -> PackedForm:
-        return PackedForm(pack(self.matrix().bfloat16()))
+    def packed(self, expands_from: int | None = None) -> PackedForm | StackedForm:
+        return packed_form(self.matrix(), expands_from)
 
 
 @dataclass(frozen=True)
@@ -103,14 +123,17 @@ class InCheckpoint:
 
     def matrix(self) -> torch.Tensor:
         dense = self.stored[...].to(self.dtype)
-        return dense.T if self.transposed else dense
+        return dense.mT if self.transposed else dense
 
     def is_bfloat16(self) -> bool:
-        values = self.stored.parts().values.to(self.dtype)
-        return torch.equal(values.bfloat16().to(self.dtype), values)
+        return is_bfloat16(self.stored.parts().values.to(self.dtype))
 
-    def packed(self) -> PackedForm:
-        if self.transposed:
-            return PackedForm(pack(self.matrix().bfloat16()))
+    def packed(self, expands_from: int | None = None) -> PackedForm | StackedForm:
+        if self.transposed or len(self.shape) > 2:
+            return packed_form(self.matrix(), expands_from)
         values, bitmask, _ = self.stored.parts()
-        return PackedForm(pack_stored(values.to(self.dtype).bfloat16(), bitmask, self.shape))
+        try:
+            packed = pack_stored(values.to(self.dtype).bfloat16(), bitmask, self.shape)
+        except KernelError as error:
+            raise self.stored.damaged(str(error)) from None
+        return PackedForm(packed, expands_from)

@@ -10,8 +10,9 @@ class KernelRow:
     """One matrix as the model stores it; a fused one holds several sites."""
 
     module: str
+    parameter: str  # of the module
     sites: tuple[str, ...]
-    shape: tuple[int, ...]  # (out, in)
+    shape: tuple[int, ...]  # (out, in), or (experts, out, in)
     sparsity: float | None  # None: not counted
     form: str  # "packed", "2:4 tensor cores" or "dense"
     reason: str
@@ -74,4 +75,4 @@ def _line(rows: list[KernelRow]) -> str:
     row = rows[0]
     zeros = "" if row.sparsity is None else f", {100 * row.sparsity:.0f} % zeros"
     name = row.module if len(rows) == 1 else f"{row.module} and {len(rows) - 1} more"
-    return f"{row.form}: {row.shape[0]} x {row.shape[1]}{zeros}: {row.reason} ({name})"
+    return f"{row.form}: {' x '.join(map(str, row.shape))}{zeros}: {row.reason} ({name})"

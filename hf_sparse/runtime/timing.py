@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-FEWEST = 5  # rounds, however long one takes
+FEWEST = 5  # rounds, however long one takes, where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,17 @@ def interleaved(
     ways: Mapping[str, Sequence[Callable[[], object]]],
     budget: float,
     most: int = 200,
+    least: int = FEWEST,
     synchronise: Callable[[], None] | None = None,
 ) -> dict[str, Times]:
-    """Times each way in turns until `budget` seconds are over; each way is a row of copies, of which the next is taken each time.
+    """Times each way in turns until `budget` seconds are over, but `least` times; each way is a row of copies, of which the next is taken each time.
 
     Copies whose sizes together exceed the caches make each round read its weights from memory, as a model does.
     """
     now, start = clock() if synchronise is None else time.perf_counter, time.perf_counter()
     found: dict[str, list[float]] = {name: [] for name in ways}
     turns = -1  # the first round warms up and is not counted
-    while turns < FEWEST or (turns < most and time.perf_counter() - start < budget):
+    while turns < least or (turns < most and time.perf_counter() - start < budget):
         for name, copies in ways.items():
             work = copies[turns % len(copies)]
             before = now()
@@ -62,6 +63,6 @@ def interleaved(
 
 def read_bandwidth(size: int = 256 * 2**20, rounds: int = 7) -> float:
     """Bytes that can be read from memory in a second, with torch's number of threads."""
-    numbers = torch.ones(size // 8, dtype=torch.int64)
-    times = interleaved({"read": [lambda: numbers.sum()]}, 0.0, rounds)
+    numbers = torch.ones(size // 8, dtype=torch.int64, device="cpu")
+    times = interleaved({"read": [lambda: numbers.sum()]}, 0.0, least=rounds)
     return size / times["read"].median

@@ -11,7 +11,7 @@ from hf_sparse.text import one_line
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OVERHEAD = 256  # bytes that two more entries take in the header of a safetensors file
-_MOST_DIMENSIONS = 16
+MOST_DIMENSIONS = 16
 
 
 class Parts(NamedTuple):
@@ -49,7 +49,7 @@ def _bytes(kept: int, tensor: torch.Tensor) -> int:
 
 def checked_shape(name: str, shape: torch.Tensor, bytes_of_bits: int) -> tuple[int, ...]:
     """The shape that a tensor of int64 tells, after a look at whether the bitmask is one of it; raises CheckpointError."""
-    sides = tuple(shape.tolist()) if shape.dim() == 1 and len(shape) <= _MOST_DIMENSIONS else ()
+    sides = tuple(shape.tolist()) if shape.dim() == 1 and len(shape) <= MOST_DIMENSIONS else ()
     elements = math.prod(sides)
     if not sides or min(sides) < 0 or math.ceil(elements / 8) != bytes_of_bits:
         told = " x ".join(map(str, sides)) or "none that can be read"

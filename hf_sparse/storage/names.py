@@ -46,6 +46,14 @@ def is_compressed(config: Mapping[str, Any]) -> bool:
     return True
 
 
+def forget_format(config: Any) -> None:
+    """Take out of a model's config what it says of compressed weights: it is true of a folder, and never of a model in memory."""
+    told = getattr(config, "quantization_config", None)
+    method = told.get("quant_method") if isinstance(told, Mapping) else getattr(told, "quant_method", None)
+    if method == QUANT_METHOD:
+        del config.quantization_config
+
+
 def check_config(told: Mapping[str, Any]) -> str:
     """The file to load: the weights or their index; raises CheckpointError for what this version does not know."""
     where = "quantization_config in config.json"

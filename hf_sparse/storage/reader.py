@@ -9,9 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_sparse.errors import CheckpointError
-from hf_sparse.storage.bitmask import Parts, checked_shape, damaged, decompress
+from hf_sparse.storage.bitmask import Parts, check_kinds, checked_shape, damaged, decompress
 from hf_sparse.storage.names import BITMASK, SHAPE, SUFFIXES, VALUES
 from hf_sparse.text import one_line
+
+_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
 
 
 class StoredTensor:
@@ -27,10 +29,17 @@ class StoredTensor:
             )
         self.shape = checked_shape(name, shape[:], _length(name, slices[BITMASK], "U8"))
         self.non_zeros = _length(name, slices[VALUES])
+        if self.get_dtype() not in _DTYPES:
+            raise damaged(name, f"its values are {self.get_dtype()}, which no compressed tensor is stored in")
 
     def parts(self) -> Parts:
-        """What is stored, read from the file."""
-        return Parts(*(self._slices[suffix][:] for suffix in SUFFIXES))
+        """What is stored, read from the file and each for itself as it should be; raises CheckpointError."""
+        parts = Parts(*(self._slices[suffix][:] for suffix in SUFFIXES))
+        check_kinds(self.name, parts)
+        return parts
+
+    def damaged(self, why: str) -> CheckpointError:
+        return damaged(self.name, why)
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -62,6 +71,10 @@ def open_tensors(files: Sequence[str | Path]) -> Iterator[dict[str, Any]]:
             try:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
                 found = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  (no mapping)
+            except FileNotFoundError as error:
+                raise CheckpointError(
+                    f"there is no {one_line(file, 200)}, which config.json says holds the weights."
+                ) from error
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{one_line(file, 200)} cannot be read ({error}); was the save interrupted?"
@@ -77,13 +90,19 @@ def plain_tensors(stored: Mapping[str, Any], join: Any) -> dict[str, Any]:
 
     Raises: CheckpointError for a part without the others, and for a tensor that is there plain as well.
     """
-    names = {key.removesuffix(BITMASK) for key in stored if key.endswith(BITMASK)}
-    parts = {name + suffix for name in names for suffix in SUFFIXES}
-    if missing := parts - stored.keys():
+    names = [key.removesuffix(BITMASK) for key in stored if key.endswith(BITMASK)]
+    parts = {name + suffix: name for name in names for suffix in SUFFIXES}
+    if missing := parts.keys() - stored.keys():
         raise CheckpointError(
             f"the weights are not whole: {one_line(min(missing), 120)!r} is missing. Download or save the model again."
         )
-    if both := names & stored.keys():
+    if both := stored.keys() & set(names):
         raise CheckpointError(f"{one_line(min(both), 120)!r} is there both plain and compressed; save the model again.")
-    plain = {key: value for key, value in stored.items() if key not in parts}
-    return plain | {name: join(name, {suffix: stored[name + suffix] for suffix in SUFFIXES}) for name in names}
+    found: dict[str, Any] = {}
+    for key, value in stored.items():  # in the order of the files
+        if key not in parts:
+            found[key] = value
+        elif key.endswith(BITMASK):
+            name = parts[key]
+            found[name] = join(name, {suffix: stored[name + suffix] for suffix in SUFFIXES})
+    return found

@@ -16,6 +16,7 @@ from hf_sparse.remote import CONFIG, LARGEST_CONFIG, File, Folder, Place, Tensor
 from hf_sparse.schema import read_json
 from hf_sparse.storage import is_compressed, is_compressed_weights
 from hf_sparse.storage.names import INDEX as COMPRESSED_INDEX
+from hf_sparse.storage.names import WEIGHTS as COMPRESSED
 from hf_sparse.text import one_line
 
 INDEX = "model.safetensors.index.json"
@@ -57,8 +58,9 @@ def loaded_weights(place: Place) -> list[str]:
     """The one weight file, or the shards; other files beside them hold the same weights in another layout."""
     names = weight_files(place)
     compressed = [name for name in names if is_compressed_weights(name)]
-    if compressed and CONFIG in place.files and is_compressed(read_config(place)):
-        return compressed
+    if compressed and CONFIG in place.files and is_compressed(config := read_config(place)):
+        whole = config["quantization_config"]["weights"] == COMPRESSED
+        return [COMPRESSED] if whole else [name for name in compressed if name != COMPRESSED]
     return [_WHOLE] if _WHOLE in names else [name for name in names if _SHARD.fullmatch(name)] or names
 
 

@@ -40,7 +40,7 @@ def in_large_pages(weight: torch.Tensor) -> torch.Tensor:
 class Weights:
     """The copies of one shape: dense for torch, dense in our order, and packed for each pattern."""
 
-    def __init__(self, columns: int, rows: int) -> None:
+    def __init__(self, columns: int, rows: int, patterns: tuple[str, ...]) -> None:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(rows, columns, generator=generator).bfloat16()
         self.count = max(2, -(-BYTES // weight.nbytes))
@@ -48,7 +48,7 @@ class Weights:
         self.plain = [in_large_pages(weight) for _ in copies]
         self.arranged = [native.arrange(weight) for _ in copies]
         self.packed = {}
-        for pattern in PATTERNS:
+        for pattern in patterns:
             sparse = torch.where(keep(pattern, rows, columns, generator), weight, torch.zeros(()).bfloat16())
             self.packed[pattern] = [native.pack(sparse) for _ in range(2 * self.count)]
 
@@ -87,8 +87,8 @@ def ratio(base: list[float], other: list[float]) -> str:
     return f"{statistics.median(base) / statistics.median(other):.2f} [{low:.2f}..{high:.2f}]"
 
 
-def table(columns: int, rows: int, tokens: tuple[int, ...], seconds: float) -> None:
-    weights = Weights(columns, rows)
+def table(columns: int, rows: int, tokens: tuple[int, ...], patterns: tuple[str, ...], seconds: float) -> None:
+    weights = Weights(columns, rows, patterns)
     for count in tokens:
         x = torch.randn(count, columns).bfloat16()
         times = measure(weights.work(x), seconds)
@@ -96,15 +96,22 @@ def table(columns: int, rows: int, tokens: tuple[int, ...], seconds: float) -> N
         control = statistics.median(times["dense"])
         cells = [
             f"{ratio(times['torch'], times[name])} ({control / statistics.median(times[name]):.2f})"
-            for name in PATTERNS
+            for name in patterns
         ]
         line = [f"{columns} x {rows}", str(count), f"{milliseconds:.2f}", ratio(times["torch"], times["dense"]), *cells]
         print(f"| {' | '.join(line)} | {len(times['torch'])} |", flush=True)
 
 
+def shape(text: str) -> tuple[int, int]:
+    columns, rows = text.split("x")
+    return int(columns), int(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shapes", type=shape, nargs="+", default=list(SHAPES), help="in x out, such as 2048x8192")
+    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=PATTERNS)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
     arguments = parser.parse_args()
@@ -114,10 +121,10 @@ def main() -> None:
         f"Instruction set {native.instruction_set()}, threads {arguments.threads}, {clock}; {surroundings.versions()}"
     )
     print("Times faster than torch [10th..90th percentile of single rounds] (than the dense control).\n")
-    head = ["in x out", "tokens", "torch ms", "dense control", *PATTERNS, "rounds"]
+    head = ["in x out", "tokens", "torch ms", "dense control", *arguments.patterns, "rounds"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for columns, rows in SHAPES:
-        table(columns, rows, tuple(arguments.tokens), arguments.seconds)
+    for columns, rows in arguments.shapes:
+        table(columns, rows, tuple(arguments.tokens), tuple(arguments.patterns), arguments.seconds)
 
 
 if __name__ == "__main__":
