@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "kernels.h"
 #include "layout.h"
 #include "threads.h"
 
@@ -53,8 +52,8 @@ struct Portable {
   }
 };
 
-Gathering chosen(bool single_precision) {
-  return processor_has(Set::avx512) ? avx512_gathering(single_precision) : portable_gathering(single_precision);
+Gathering chosen(Set set, bool single_precision) {
+  return set != Set::portable && processor_has(Set::avx512) ? avx512_gathering(single_precision) : portable_gathering(single_precision);
 }
 
 // Divides `size` rows or columns of each token into parts, and those among threads.
@@ -79,14 +78,14 @@ Gathering portable_gathering(bool single_precision) {
   return {Portable<uint16_t>::dots, Portable<uint16_t>::sums};
 }
 
-void gather_dots(const Gather& gather, bool single_precision, int threads) {
-  const Gathering by = chosen(single_precision);
+void gather_dots(const Gather& gather, Set set, bool single_precision, int threads) {
+  const Gathering by = chosen(set, single_precision);
   in_parts(gather, gather.count, rows_in_a_part, threads,
            [&](int64_t token, int64_t first, int64_t last) { by.dots(gather, token, first, last); });
 }
 
-void gather_sums(const Gather& gather, bool single_precision, int threads) {
-  const Gathering by = chosen(single_precision);
+void gather_sums(const Gather& gather, Set set, bool single_precision, int threads) {
+  const Gathering by = chosen(set, single_precision);
   in_parts(gather, gather.columns, columns_in_a_part, threads,
            [&](int64_t token, int64_t first, int64_t last) { by.sums(gather, token, first, last); });
 }

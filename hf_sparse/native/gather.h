@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace hf_sparse {
 
 // Weights (rows, columns), row after row, in bfloat16 or float32, as inputs and outputs are.
@@ -26,8 +28,8 @@ Gathering portable_gathering(bool single_precision);
 Gathering avx512_gathering(bool single_precision);
 
 // outputs (tokens, count) = the selected rows times inputs (tokens, columns), plus the bias (rows) of those rows
-void gather_dots(const Gather& gather, bool single_precision, int threads);
+void gather_dots(const Gather& gather, Set set, bool single_precision, int threads);
 // outputs (tokens, columns) = the sum of the selected rows, each times its number in inputs (tokens, count), plus the bias (columns)
-void gather_sums(const Gather& gather, bool single_precision, int threads);
+void gather_sums(const Gather& gather, Set set, bool single_precision, int threads);
 
 }  // namespace hf_sparse

@@ -3,6 +3,7 @@
 import torch
 
 from hf_sparse.errors import KernelError
+from hf_sparse.native.addresses import address
 from hf_sparse.native.binary import kernels
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -43,8 +44,8 @@ def _gather(
     out = torch.empty(len(x), width, dtype=x.dtype, device="cpu")
     try:
         getattr(module, name)(
-            weight.data_ptr(), *weight.shape, rows.data_ptr(), rows.shape[1], len(x), x.data_ptr(),
-            0 if bias is None else bias.data_ptr(), out.data_ptr(), x.dtype == torch.float32, torch.get_num_threads(),
+            address(weight), *weight.shape, address(rows), rows.shape[1], len(x), address(x),
+            0 if bias is None else address(bias), address(out), x.dtype == torch.float32, torch.get_num_threads(),
         )  # fmt: skip
     except ValueError as error:
         raise KernelError(f"{error}.") from None

@@ -118,12 +118,12 @@ void check_rows(const Gather& gather, int64_t rows) {
   }
 }
 
-template <void (*gathered)(const Gather&, bool, int)>
+template <void (*gathered)(const Gather&, Set, bool, int)>
 void gather(Address weights, int64_t rows, int64_t columns, Address selected, int64_t count, int64_t tokens, Address inputs,
             Address bias, Address outputs, bool single_precision, int threads) {
   const Gather all{at<void>(weights), columns, at<int64_t>(selected), count, tokens, at<void>(inputs), at<void>(bias), at<void>(outputs)};
   check_rows(all, rows);
-  gathered(all, single_precision, threads);
+  gathered(all, current_set, single_precision, threads);
 }
 
 }  // namespace
