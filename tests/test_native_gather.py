@@ -15,7 +15,7 @@ from hf_sparse.native.gather import gather_dots, gather_sums
 
 shared_fixture = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 sizes = given(
-    rows=st.integers(1, 70), columns=st.one_of(st.integers(1, 130), st.sampled_from([512, 1100])), count=st.integers(0, 50),
+    rows=st.integers(1, 70), columns=st.one_of(st.integers(1, 130), st.sampled_from([512, 1100, 4200])), count=st.integers(0, 50),
     tokens=st.integers(0, 4), dtype=st.sampled_from([torch.bfloat16, torch.float32]), with_bias=st.booleans(), seed=st.integers(0, 999),
 )  # fmt: skip
 

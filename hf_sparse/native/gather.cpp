@@ -9,7 +9,7 @@ namespace hf_sparse {
 namespace {
 
 constexpr int64_t work_of_a_thread = 1 << 17;  // weights; less is done sooner than another thread is woken
-constexpr int64_t rows_in_a_part = 32, columns_in_a_part = 512;
+constexpr int64_t rows_in_a_part = 32, columns_of_a_line = 32;
 
 template <class Number>
 struct Portable {
@@ -37,7 +37,7 @@ struct Portable {
   }
 
   static void sums(const Gather& gather, int64_t token, int64_t first, int64_t last) {
-    float sum[columns_in_a_part];
+    float sum[most_columns];
     for (int64_t i = 0; i < last - first; ++i) {
       sum[i] = gather.bias ? wide(static_cast<const Number*>(gather.bias)[first + i]) : 0.0f;
     }
@@ -86,7 +86,10 @@ void gather_dots(const Gather& gather, Set set, bool single_precision, int threa
 
 void gather_sums(const Gather& gather, Set set, bool single_precision, int threads) {
   const Gathering by = chosen(set, single_precision);
-  in_parts(gather, gather.columns, columns_in_a_part, threads,
+  // As few parts as threads, where they fit: a row is best read in one go.
+  const int64_t each = (gather.columns + threads - 1) / (threads > 1 ? threads : 1) + columns_of_a_line - 1;
+  const int64_t part = std::min(each / columns_of_a_line * columns_of_a_line, most_columns);
+  in_parts(gather, gather.columns, part, threads,
            [&](int64_t token, int64_t first, int64_t last) { by.sums(gather, token, first, last); });
 }
 

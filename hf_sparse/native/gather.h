@@ -18,6 +18,8 @@ struct Gather {
   void* outputs;
 };
 
+constexpr int64_t most_columns = 2048;  // in a part: their sums stay in the first cache
+
 // What one instruction set does. A part is some of a token's selected rows, or some of its columns.
 struct Gathering {
   void (*dots)(const Gather&, int64_t token, int64_t first, int64_t last);  // selected rows first..last

@@ -72,20 +72,20 @@ class Gathered(Masked):
             if selection.shares(self.layout, "heads")[position] != 1:
                 self.attentions[position] = Heads(model, block, sites[block.index])
 
-    def columns(self) -> list[nn.Parameter]:
+    def columns(self) -> list[torch.Tensor]:
         """The weights of which columns are chosen, which is why they have to lie transposed."""
-        weights: list[nn.Parameter] = [feed.down.weight for feed in self.feeds.values()]
+        weights: list[torch.Tensor] = [feed.down.weight for feed in self.feeds.values()]
         weights += [heads.o.weight for heads in self.attentions.values() if heads.o.weight.numel() >= LEAST_WEIGHTS]
         return list(dict.fromkeys(weights))
 
     def forwards(self) -> Iterator[tuple[nn.Module, Forward]]:
         """Modules and what they do instead."""
         for position, feed in self.feeds.items():
-            first = isinstance(self.predictor, GateFirst)
+            by_gate = isinstance(self.predictor, GateFirst)
             for module, starts in feed.starts.items():
-                if first and feed.fused:
-                    yield module, self._fused_gate(position, feed)
-                elif not (first and module is feed.gate):
+                if by_gate and module is feed.gate:
+                    yield module, self._fused_gate(position, feed) if feed.fused else self._whole_gate(feed)
+                else:
                     yield module, self._first_rows(position, module, starts)
             yield feed.down, self._down(position, feed)
         for position, heads in self.attentions.items():
@@ -160,27 +160,35 @@ class Gathered(Masked):
 
         return choose
 
+    def _whole_gate(self, feed: Feed) -> Forward:
+        """All rows of the gate; for one token our product is faster than torch's."""
+        rows = torch.arange(feed.first_row_of_gate, feed.first_row_of_gate + feed.block.neurons)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if not self._gathers:
+                return nn.Linear.forward(feed.gate, x)
+            return dots(feed.gate, x, rows.repeat(x.shape[0], 1))
+
+        return forward
+
     def _fused_gate(self, position: int, feed: Feed) -> Forward:
         """The gate's part of a fused matrix whole, then the chosen rows of the other."""
-        block, module = feed.block, feed.gate
-        activation = activation_of(self.model, block)
-        first = feed.first_row_of_gate
+        module, activation, whole_gate = feed.gate, activation_of(self.model, feed.block), self._whole_gate(feed)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             if not self._gathers:
                 return nn.Linear.forward(module, x)
-            part = slice(first, first + block.neurons)
-            bias = None if module.bias is None else module.bias[part]
-            gate = nn.functional.linear(x, module.weight[part], bias)
+            gate = whole_gate(x)
             self._choose_by_gate(position, activation(gate))
             rows = self._neurons(position)
             if rows is None:
                 return nn.Linear.forward(module, x)
             kept = gate.gather(-1, rows.indices.view(*gate.shape[:-1], -1))
-            others = [
-                kept if start == first else dots(module, x, rows.indices + start) for start in feed.starts[module]
+            parts = [
+                kept if start == feed.first_row_of_gate else dots(module, x, rows.indices + start)
+                for start in feed.starts[module]
             ]
-            return torch.cat(others, -1)
+            return torch.cat(parts, -1)
 
         return forward
 

@@ -55,7 +55,7 @@ def sums(module: nn.Linear, x: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 @contextmanager
-def transposed(weight: nn.Parameter) -> Iterator[None]:
+def transposed(weight: torch.Tensor) -> Iterator[None]:
     """Inside, a weight (out, in) lies in memory column after column; its shape and values stay, and it is put back."""
     columns = new(weight.numel(), weight.dtype, available()).view(weight.shape[1], weight.shape[0])
     weight.data = columns.copy_(weight.data.t()).t()
