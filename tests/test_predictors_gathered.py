@@ -10,6 +10,7 @@ from predictor_cases import made, small_llama
 from test_predictors_masked import ALL, HALF, logits, untrained
 from transformers import DynamicCache
 
+from hf_sparse import SparsityConfig, prune_, use_dense_kernels_, use_sparse_kernels_
 from hf_sparse.errors import ConfigError, ModelError
 from hf_sparse.predictors import gathered as ways
 from hf_sparse.predictors.gathered import gathered
@@ -278,3 +279,15 @@ def test_norms_over_all_neurons_or_heads(tmp_path: Path) -> None:
     model.get_submodule(block.down.module.rpartition(".")[0]).norm = torch.nn.LayerNorm(block.neurons)
     with pytest.raises(ModelError, match="a norm over all of them"), gathered(model, predictor, HALF):
         pass
+
+
+def test_sparse_kernels_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    model = small_llama().bfloat16()
+    prune_(model, SparsityConfig(metric="magnitude", pattern="2:4"))
+    predictor = untrained(model, tmp_path)
+    use_sparse_kernels_(model, choose="always")
+    with pytest.raises(ModelError, match="use_dense_kernels_"), gathered(model, predictor, HALF):
+        pass
+    use_dense_kernels_(model)
+    with gathered(model, predictor, HALF):
+        decoded(model, token_rows(1, 6))

@@ -17,7 +17,7 @@ from hf_sparse.predictors.skipping import Feed, Heads
 from hf_sparse.predictors.units import BlockUnits, activation_of
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-LEAST_WEIGHTS = 1 << 20  # of a query or output projection: a smaller one is done before its rows are put together
+LEAST_WEIGHTS = 1 << 18  # of a query or output projection: a smaller one is done before its rows are put together
 
 
 @contextmanager
