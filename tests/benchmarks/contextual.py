@@ -110,9 +110,9 @@ def table(hidden: int, neurons: int, seconds: float, large_pages: bool, neuron_b
         with gathered(cut, predictor, Selection(keep_neurons=0.5)) as running:
             running._on = running._gathers = True
             tasks: dict[str, Task] = {"torch": dense.dense}
+            for share in (1.0, *SHARES) if kind is Shadow and size == neuron_blocks[0] else ():
+                tasks[f"given {share:.0%}"] = passes.given(running, share)
             for share in SHARES:
-                if kind is Shadow and size == neuron_blocks[0]:
-                    tasks[f"given {share:.0%}"] = passes.given(running, share)
                 tasks[f"{predictor.kind} {share:.0%}"] = passes.predicted(running, share)
             times = measure(tasks, seconds)
         share_of = predictor.weight_count() / sum(parameter.numel() for parameter in whole.model.layers.parameters())
