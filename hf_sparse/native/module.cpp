@@ -6,6 +6,7 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "gather.h"
 #include "kernels.h"
 #include "memory.h"
 #include "pack.h"
@@ -108,6 +109,23 @@ void product(Address masks, Address offsets, Address values, int64_t rows, int64
   if (tokens > 0 && job.stripes > 0) multiply(*kernels_of(current_set, single_precision), job, single_precision, threads);
 }
 
+void check_rows(const Gather& gather, int64_t rows) {
+  for (int64_t i = 0; i < gather.tokens * gather.count; ++i) {
+    if (gather.selected[i] < 0 || gather.selected[i] >= rows) {
+      throw std::invalid_argument("row " + std::to_string(gather.selected[i]) + " was selected; there are those from 0 to " +
+                                  std::to_string(rows - 1));
+    }
+  }
+}
+
+template <void (*gathered)(const Gather&, Set, bool, int)>
+void gather(Address weights, int64_t rows, int64_t columns, Address selected, int64_t count, int64_t tokens, Address inputs,
+            Address bias, Address outputs, bool single_precision, int threads) {
+  const Gather all{at<void>(weights), columns, at<int64_t>(selected), count, tokens, at<void>(inputs), at<void>(bias), at<void>(outputs)};
+  check_rows(all, rows);
+  gathered(all, current_set, single_precision, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, module) {
@@ -131,5 +149,7 @@ NB_MODULE(_kernels, module) {
   module.def("gather_bits", [](Address row, Address bits, int64_t size, int width, Address values, int64_t value_count) {
     gather_bits(at<void>(row), at<uint8_t>(bits), size, width, at<void>(values), value_count);
   }, Unlocked());
+  module.def("gather_dots", &gather<gather_dots>, Unlocked());
+  module.def("gather_sums", &gather<gather_sums>, Unlocked());
   module.def("advise_large_pages", [](Address memory, int64_t bytes) { advise_large_pages(at<void>(memory), bytes); });
 }

@@ -41,22 +41,34 @@ def masked(
 
     Raises: ModelError for a model in training mode, of another size, or with predictors already on.
     """
-    whole("refresh_every", refresh_every, 1)
+    check_ready(model, refresh_every)
     if prompt not in ("dense", "masked"):
         raise ConfigError(unknown("prompt", prompt, ("dense", "masked")))
+    running = Masked(model, predictor, selection, refresh_every, prompt, softness)
+    with switched_on(running):
+        yield running
+
+
+def check_ready(model: nn.Module, refresh_every: int) -> None:
+    """Refuse what no way of running with predictors allows."""
+    whole("refresh_every", refresh_every, 1)
     if model.training:
         raise ModelError(
             "predictors do not run in training mode, their choices have no gradient; call model.eval() first."
         )
     if getattr(model, _MARK, False):
         raise ModelError("predictors are already on; leave the first `with` before another.")
-    running = Masked(model, predictor, selection, refresh_every, prompt, softness)
+
+
+@contextmanager
+def switched_on(running: "Masked") -> Iterator[None]:
+    """The hooks of a way of running, for as long as the block lasts."""
     handles = list(running.hooks())
-    setattr(model, _MARK, True)
+    setattr(running.model, _MARK, True)
     try:
-        yield running
+        yield
     finally:
-        delattr(model, _MARK)
+        delattr(running.model, _MARK)
         for handle in handles:
             handle.remove()
 
@@ -167,19 +179,21 @@ class Masked:
 
         return look
 
-    def _read_gate(self, position: int, block: BlockUnits) -> Callable[..., None]:
+    def _read_gate(self, position: int, block: BlockUnits) -> Callable[..., Any]:
         activation = activation_of(self.model, block)
 
         def look(_: nn.Module, args: Any, product: torch.Tensor) -> None:
-            if self._off() or block.gate is None:
-                return
-            gates = activation(rows_of(product.detach(), block.gate)).view(*product.shape[:-1], -1)
-            scores = self._refreshed(position, Scores(self.predictor.gate_scores(position, gates), None))  # type: ignore[operator]
-            chosen = self._choose(position, scores)
-            self.scores[position] = Scores(scores.neurons, self.scores.get(position, _NOTHING).heads)
-            self.masks[position] = Scores(chosen.neurons, self.masks.get(position, _NOTHING).heads)
+            if not self._off() and block.gate is not None:
+                gates = rows_of(product.detach(), block.gate).view(*product.shape[:-1], -1)
+                self._choose_by_gate(position, activation(gates))
 
         return look
+
+    def _choose_by_gate(self, position: int, activated: torch.Tensor) -> None:
+        scores = self._refreshed(position, Scores(self.predictor.gate_scores(position, activated), None))  # type: ignore[operator]
+        chosen = self._choose(position, scores)
+        self.scores[position] = Scores(scores.neurons, self.scores.get(position, _NOTHING).heads)
+        self.masks[position] = Scores(chosen.neurons, self.masks.get(position, _NOTHING).heads)
 
     def _mask_heads(self, position: int, block: BlockUnits) -> Callable[..., Any]:
         def change(_: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:

@@ -72,12 +72,11 @@ class Selection(Serialisable):
 
     def choose(self, layout: Layout, position: int, scores: Scores) -> Scores:
         """Masks of one block from its scores; None where nothing is skipped."""
-        masks = [
-            None if values is None or count == values.shape[-1] else top(values, count)
-            for values, count in zip(
-                scores, (self.kept(layout, "neurons")[position], self.kept(layout, "heads")[position])
-            )
-        ]
+        totals = -(-layout.neurons[position] // layout.neuron_block), layout.heads[position]
+        masks = []
+        for values, total, kind in zip(scores, totals, ("neurons", "heads")):
+            count = _count(total, self.shares(layout, kind)[position])
+            masks.append(None if values is None or count == total else top(values, count))
         return Scores(*masks)
 
     def choose_all(self, scores: Sequence[Scores], scales: torch.Tensor) -> list[Scores]:
