@@ -18,6 +18,7 @@ from hf_sparse.config import PredictorConfig
 from hf_sparse.errors import ConfigError, ModelError, unknown
 from hf_sparse.predictors import saving
 from hf_sparse.predictors.criteria import criterion_of
+from hf_sparse.predictors.gathered import gathered
 from hf_sparse.predictors.layout import Layout
 from hf_sparse.predictors.masked import masked
 from hf_sparse.predictors.networks import Predictor, kind_of
@@ -130,13 +131,25 @@ def _switch_on(model: Any, carried: Carried) -> None:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # that a model in training mode is refused is said when it runs
     try:
-        carried.running = ExitStack()
-        carried.running.enter_context(masked(model, carried.predictor, selection, refresh_every=config.refresh_every))
+        carried.running = _run(model, carried.predictor, selection, config.refresh_every)
     finally:
         for module, training in modes:
             module.training = training
     carried.running.callback(object.__delattr__, model, "__deepcopy__")
     object.__setattr__(model, "__deepcopy__", partial(_copied, model))
+
+
+def _run(model: Any, predictor: Predictor, selection: Selection, every: int) -> ExitStack:
+    """Switches a predictor on: gathered, which leaves work out; where a model's modules do not allow that, masked, which says so."""
+    running = ExitStack()
+    try:
+        running.enter_context(gathered(model, predictor, selection, refresh_every=every))
+    except ModelError as error:
+        _log.warning(
+            "the predictors choose, but save no time, as what they leave out is computed all the same: %s", error
+        )
+        running.enter_context(masked(model, predictor, selection, refresh_every=every))
+    return running
 
 
 def _copied(model: Any, memo: dict[int, Any]) -> Any:

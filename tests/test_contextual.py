@@ -58,6 +58,16 @@ def test_on_and_off(name: str, kind: str) -> None:
     assert not hasattr(model.config, "hf_sparse_predictors")
 
 
+def test_what_is_left_out_is_not_computed_where_the_modules_allow_it(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        model = carrying()
+        assert "forward" in model.model.layers[1].mlp.up_proj.__dict__
+        assert "save no time" not in caplog.text
+        carrying("gpt2")  # Conv1D keeps its weights the other way round
+    assert "save no time" in caplog.text
+
+
 def test_gate_first_on_gated_models() -> None:
     model = carrying(config=PredictorConfig(kind="gate_first", keep_neurons=0.25, neuron_block=1, options=QUICK))
     assert not torch.allclose(tokens(model), tokens(llama()))
