@@ -203,6 +203,7 @@ def test_changes_made_inside_last(tmp_path: Path) -> None:
     down = module_of(model, find_units(model)[1].down)
     with gathered(model, untrained(model, tmp_path), HALF), torch.no_grad():
         assert not down.weight.is_contiguous()  # column after column
+        assert down.weight.untyped_storage().nbytes() == down.weight.nbytes  # and only so
         down.weight[3, 5] = 42
     assert down.weight[3, 5] == 42
 
