@@ -144,12 +144,12 @@ def test_modes_that_make_other_tensors_are_refused() -> None:
 
 
 DAMAGE: dict[str, Callable[[Any], object]] = {
-    "offsets": lambda module: module.packed_offsets.fill_(1 << 40),
-    "masks": lambda module: module.packed_masks.fill_(-1),
-    "no memory": lambda module: module.packed_values.untyped_storage().resize_(0),
-    "less memory": lambda module: module.packed_masks.untyped_storage().resize_(16),
-    "another size": lambda module: module.packed_offsets.set_(torch.zeros(1, dtype=torch.int64)),
-    "another dtype": lambda module: setattr(module.packed_masks, "data", module.packed_masks.long()),
+    "offsets": lambda module: module.weight_packed_offsets.fill_(1 << 40),
+    "masks": lambda module: module.weight_packed_masks.fill_(-1),
+    "no memory": lambda module: module.weight_packed_values.untyped_storage().resize_(0),
+    "less memory": lambda module: module.weight_packed_masks.untyped_storage().resize_(16),
+    "another size": lambda module: module.weight_packed_offsets.set_(torch.zeros(1, dtype=torch.int64)),
+    "another dtype": lambda module: setattr(module.weight_packed_masks, "data", module.weight_packed_masks.long()),
 }
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_module_is_refused(name: str, way: str) -> None:
 @needs_binary
 def test_damage_is_found_after_pickling_too() -> None:
     module = held()
-    module.packed_offsets.fill_(1 << 40)
+    module.weight_packed_offsets.fill_(1 << 40)
     module = pickle.loads(pickle.dumps(module))
     with pytest.raises(KernelError, match="no packed matrix"):
         module(inputs())

@@ -225,6 +225,7 @@ def test_gradients_take_the_masked_way(tmp_path: Path) -> None:
     assert module_of(model, find_units(model)[1].up).weight.grad is not None
 
 
+@pytest.mark.slow
 def test_compiled(tmp_path: Path) -> None:
     model, rows = small_llama(), token_rows(1, 7)
     predictor = untrained(model, tmp_path)

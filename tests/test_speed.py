@@ -24,7 +24,7 @@ SPEED = Speed(
 
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_sparse.bench.COPIES_BYTES", 1)
+    monkeypatch.setattr("hf_sparse.runtime.copies.copies_bytes", lambda: 1)
     monkeypatch.setattr("hf_sparse.bench.read_bandwidth", lambda: 1e9)
 
 
