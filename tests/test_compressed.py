@@ -102,7 +102,8 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert same(plain, small)
     running = type(model).from_pretrained(tmp_path / "small", dtype=torch.bfloat16, use_sparse_kernels=ALWAYS)
     assert not any(parameter.is_meta for parameter in running.parameters())
-    assert same(plain, running, torch.bfloat16)
+    # Some models keep a few weights in float32.
+    assert same(type(model).from_pretrained(tmp_path / "plain", dtype=torch.bfloat16), running)
     small.save_pretrained(tmp_path / "again", sparse_format="bitmask")
     assert same(plain, type(model).from_pretrained(tmp_path / "again", dtype=torch.float32))
 
