@@ -128,15 +128,22 @@ def predictors_disabled(model: Any) -> Iterator[None]:
 def _switch_on(model: Any, carried: Carried) -> None:
     config = carried.config
     selection = Selection(keep_neurons=config.keep_neurons, keep_heads=config.keep_heads, mode=config.selection)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # that a model in training mode is refused is said when it runs
-    try:
+    with evaluating(model):  # that a model in training mode is refused is said when it runs
         carried.running = _run(model, carried.predictor, selection, config.refresh_every)
+    carried.running.callback(object.__delattr__, model, "__deepcopy__")
+    object.__setattr__(model, "__deepcopy__", partial(_copied, model))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, all modules are in inference mode; each has the mode that it had again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    carried.running.callback(object.__delattr__, model, "__deepcopy__")
-    object.__setattr__(model, "__deepcopy__", partial(_copied, model))
 
 
 def _run(model: Any, predictor: Predictor, selection: Selection, every: int) -> ExitStack:

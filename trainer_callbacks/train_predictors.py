@@ -54,12 +54,8 @@ class TrainPredictors(TrainerCallback):  # type: ignore[misc]
         inner, data = checkpoint.unwrap(model), self.calibration
         if data is None:
             data = training_samples(inner, events["train_dataloader"], self.samples)
-        modes = [(module, module.training) for module in inner.modules()]
-        try:
+        with contextual.evaluating(inner):
             contextual.train_predictors_(
-                inner.eval(), self.config, data, tokenizer=events.get("processing_class"), num_samples=self.samples.num_samples,
+                inner, self.config, data, tokenizer=events.get("processing_class"), num_samples=self.samples.num_samples,
                 sequence_length=self.sequence_length, seed=self.samples.seed,
             )  # fmt: skip
-        finally:
-            for module, training in modes:
-                module.training = training
