@@ -23,6 +23,7 @@ from hf_sparse.predictors.layout import Layout
 from hf_sparse.predictors.masked import masked
 from hf_sparse.predictors.networks import Predictor, kind_of
 from hf_sparse.predictors.recording import record
+from hf_sparse.predictors.saving import Saved
 from hf_sparse.predictors.select import Selection
 from hf_sparse.predictors.train import Training, train
 
@@ -31,12 +32,10 @@ _CARRIED = "_hf_sparse_predictors"
 _log = logging.get_logger(__name__)
 
 
-@dataclass
-class Carried:
-    """What a model carries: its predictor, how it is used, and the way to take it off."""
+@dataclass(kw_only=True)
+class Carried(saving.Saved):
+    """What a model carries: what is saved beside it, and the way to take it off."""
 
-    predictor: Predictor
-    config: PredictorConfig
     running: ExitStack = field(default_factory=ExitStack)
 
 
@@ -65,7 +64,7 @@ def train_predictors_(
             sequence_length=sequence_length, seed=seed,
         )  # fmt: skip
         predictor = train(inner, traces, config.kind, training, **options)
-    attach_(inner, predictor, config)
+    attach_(inner, Saved(predictor=predictor, config=config, trained_on=saving.print_of(inner, predictor)))
     return predictor
 
 
@@ -87,10 +86,11 @@ def check(model: nn.Module, config: PredictorConfig) -> Layout:
     return Layout.of(model, config.dense_blocks, config.neuron_block)
 
 
-def attach_(model: Any, predictor: Predictor, config: PredictorConfig) -> None:
+def attach_(model: Any, saved: Saved) -> None:
     """Let a model carry a predictor, and switch it on; one that it carried before is taken off."""
     detach(model)
-    carried = Carried(predictor, config)
+    config = saved.config
+    carried = Carried(**{item.name: getattr(saved, item.name) for item in dataclasses.fields(Saved)})
     object.__setattr__(model, _CARRIED, carried)
     if hasattr(model, "config"):
         setattr(model.config, CONFIG_KEY, {"kind": config.kind, "version": 1})
@@ -168,7 +168,7 @@ def _copied(model: Any, memo: dict[int, Any]) -> Any:
             made = copy.deepcopy(model, memo)
         finally:
             object.__setattr__(model, _CARRIED, carried)
-    attach_(made, copy.deepcopy(carried.predictor, memo), carried.config)
+    attach_(made, dataclasses.replace(carried, predictor=copy.deepcopy(carried.predictor, memo)))
     return made
 
 
@@ -181,7 +181,7 @@ def write_beside(model: Any, folder: Path) -> None:
     if carried is None:
         (folder / saving.FILE).unlink(missing_ok=True)
     else:
-        saving.save(checkpoint.unwrap(model), carried.predictor, carried.config, folder)
+        saving.save(carried, folder)
 
 
 def read_beside(model: Any, file: Path | None) -> None:
@@ -190,10 +190,10 @@ def read_beside(model: Any, file: Path | None) -> None:
         _log.warning("config.json tells of predictors, but there is no %s: the model runs dense.", saving.FILE)
         delattr(model.config, CONFIG_KEY)
         return
-    predictor, config, fresh = saving.load(model, file)
-    if not fresh:
+    saved = saving.load(model, file)
+    if saving.print_of(model, saved.predictor) != saved.trained_on:
         _log.warning(
             "the predictors in %s were trained on other weights than the model has now, so they choose worse; train them anew with "
             "hf_sparse.train_predictors_.", saving.FILE,
         )  # fmt: skip
-    attach_(model, predictor, config)
+    attach_(model, saved)

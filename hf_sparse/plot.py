@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hf_sparse.errors import HfSparseError
 from hf_sparse.replace import write_whole
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours: told apart by colour-blind readers and in print; a sixth stack starts anew.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 INK, GRID = "#333333", "#DDDDDD"
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _LONGEST_NAME = 60
 _LOG_FROM = 100  # largest over smallest error from which a linear axis hides the small ones
 
@@ -88,15 +89,26 @@ def printable(text: str) -> str:
     return line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - 1]}…"
 
 
+def look(number: int) -> tuple[str, str]:
+    """Colour and marker of a line: thirty of them look different before the first look comes again."""
+    return COLOURS[number % len(COLOURS)], _MARKERS[number // len(COLOURS) % len(_MARKERS)]
+
+
+def frame(axes: "Axes", label: str, grid: Literal["both", "x", "y"] = "both") -> None:
+    """What all our axes have in common; `label` stands below."""
+    axes.set_facecolor("white")
+    axes.set_axisbelow(True)
+    axes.grid(axis=grid, color=GRID, linewidth=0.8)
+    axes.tick_params(colors=INK)
+    axes.set_xlabel(label)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
 def _style(axes: "Axes", blocks: Sequence[BlockReport]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_facecolor("white")
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.tick_params(colors=INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    frame(axes, "", grid="y")
     for left, right in pairwise(blocks):
         if left.stack != right.stack:
             axes.axvline((left.index + right.index) / 2, color="#999999", linewidth=1, linestyle=":")

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hf_sparse.comparison import Comparison, Row, threads
-from hf_sparse.plot import COLOURS, GRID, INK, new_figure, printable, remark, save_figure, say
+from hf_sparse.plot import INK, frame, look, new_figure, printable, remark, save_figure, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# With five colours, thirty recipes look different before the first look comes again.
-_MARKERS = ("o", "s", "^", "D", "v", "P")
 _LOG_FROM = 10  # largest over smallest figure from which an axis is logarithmic
 _BESIDE = 3  # names in a line of the legend
 
@@ -48,7 +46,8 @@ def _draw(figure: "Figure", comparison: Comparison) -> None:
     done = [row for row in comparison.rows if row.value is not None]
     axes = figure.subplots(1, len(panels), sharey=True)
     for panel, (label, figure_of) in zip(axes, panels, strict=True):
-        _style(panel, label)
+        frame(panel, label)
+        panel.margins(0.12)
         found = [(row, value) for row in done if (value := figure_of(row)) is not None]
         _points(panel, comparison, found, spread_out=panel is axes[0])
         if missing := len(comparison.rows) - len(found):
@@ -60,17 +59,6 @@ def _draw(figure: "Figure", comparison: Comparison) -> None:
     _legend(figure, comparison)
 
 
-def _style(axes: "Axes", label: str) -> None:
-    axes.set_facecolor("white")
-    axes.set_axisbelow(True)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.tick_params(colors=INK)
-    axes.set_xlabel(label)
-    axes.margins(0.12)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
 def _points(axes: "Axes", comparison: Comparison, found: Figures, spread_out: bool) -> None:
     axes.axhline(float(comparison.dense["value"]), color=INK, linewidth=1, linestyle="--")
     if not found:
@@ -79,7 +67,7 @@ def _points(axes: "Axes", comparison: Comparison, found: Figures, spread_out: bo
         return
     places = _apart([x for _, x in found]) if spread_out else [x for _, x in found]
     for (row, _), x in zip(found, places, strict=True):
-        colour, marker = _look(comparison.rows.index(row))
+        colour, marker = look(comparison.rows.index(row))
         value, (low, high) = row.value or 0.0, row.spread or (0.0, 0.0)
         spread = [[value - low], [high - value]] if len(row.draws) > 1 else None
         axes.errorbar(
@@ -108,10 +96,6 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return low - missing, high + missing
 
 
-def _look(number: int) -> tuple[str, str]:
-    return COLOURS[number % len(COLOURS)], _MARKERS[number // len(COLOURS) % len(_MARKERS)]
-
-
 def _scale(axes: "Axes", which: Literal["x", "y"], values: Sequence[float]) -> None:
     """A logarithmic axis with plain numbers where a linear one would press most points together."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -135,7 +119,7 @@ def _legend(figure: "Figure", comparison: Comparison) -> None:
     handles = [Line2D([], [], color=INK, linestyle="--", linewidth=1)]
     labels = ["dense"]
     for number, row in enumerate(comparison.rows):
-        colour, marker = _look(number)
+        colour, marker = look(number)
         handles.append(Line2D([], [], color=colour, marker=marker, markersize=8, linestyle="none"))
         # matplotlib hides labels that begin with an underscore.
         labels.append((printable(row.name).lstrip("_") or "unnamed") + (" (failed)" if row.error is not None else ""))

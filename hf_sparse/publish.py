@@ -71,13 +71,16 @@ def push(
         files |= _processors(model, files, beside, repository, token, commit_arguments.get("revision"))
         card = card_for(model, folder, token)
         return hub.commit(
-            files, repository, lambda there: merged(card, there or local), token=token, **commit_arguments
+            files, repository, lambda there: merged(card, there or local, folder), token=token, **commit_arguments
         )
 
 
-def merged(card: Any, existing: str | None) -> str:
-    """A README with the card in it: what a person wrote there stays."""
-    return card.merged_into(existing) if existing and existing.strip() else str(card.content)
+def merged(card: Any, existing: str | None, folder: Path) -> str:
+    """A README with the card in it, and what is to be said of predictors in the folder: what a person wrote there stays."""
+    from model_cards.predictors import with_predictors
+
+    text = card.merged_into(existing) if existing and existing.strip() else str(card.content)
+    return with_predictors(text, folder)
 
 
 def card_for(model: Any, folder: Path, token: Any = None) -> Any:

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from hf_sparse import checkpoint, contextual, publish
 from hf_sparse.errors import ConfigError, unknown
 from hf_sparse.predictors.saving import FILE as PREDICTORS
@@ -139,6 +141,8 @@ def wrap_upload(original: Callable[..., Any]) -> Callable[..., Any]:
             saving.aside.close()  # the folder is whole, whatever comes of the upload
         model = publish.sparse_model(self) if wraps.enabled else None
         if model is None:
+            if wraps.enabled and isinstance(self, nn.Module) and contextual.carried_by(self) is not None:
+                _tell_of_predictors(Path(signature.bind(self, *args, **kwargs).arguments["working_dir"]))
             return original(self, *args, **kwargs)
         given = dict(signature.bind(self, *args, **kwargs).arguments)
         folder, before = Path(given["working_dir"]), given["files_timestamps"]
@@ -155,6 +159,13 @@ def wrap_upload(original: Callable[..., Any]) -> Callable[..., Any]:
         )  # fmt: skip
 
     return _upload_modified_files
+
+
+def _tell_of_predictors(folder: Path) -> None:
+    """Put the part about predictors into the README that Transformers has got from the repository, or made."""
+    from model_cards.predictors import with_predictors
+
+    write_whole(folder / "README.md", with_predictors(_read_readme(folder), folder).encode("utf-8"))
 
 
 def _modified(folder: Path, before: dict[str, float]) -> list[str]:

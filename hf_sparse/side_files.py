@@ -26,6 +26,7 @@ def describe(model: Any, folder: Path) -> None:
 
     report = checkpoint.report(model)
     if report is None:
+        describe_predictors(folder, str(getattr(model.config, "name_or_path", "") or ""))
         return
     try:
         report.files = hashes_of(folder)
@@ -33,6 +34,20 @@ def describe(model: Any, folder: Path) -> None:
         write_card(folder, card_of(model, report, draw(report, folder)))
     except SPOILED as error:
         warnings.warn(f"the model card was not written: {one_line(error)}", stacklevel=5)
+    describe_predictors(folder)
+
+
+def describe_predictors(folder: Path, base: str = "") -> None:
+    """Write what the predictors in a folder are into its README, or take that out where there are none any more.
+
+    A README without any part of ours is a person's own and stays as it is. `base` names the model that was loaded.
+    """
+    from model_cards.predictors import write_part
+
+    try:
+        write_part(folder, base)
+    except SPOILED as error:
+        warnings.warn(f"the model card does not tell of the predictors: {one_line(error)}", stacklevel=5)
 
 
 def card_of(model: Any, report: Report, picture: str | None, base_card: str | None = None) -> Any:

@@ -7,10 +7,10 @@ from typing import Any
 
 from model_cards import header, parts
 from model_cards.evaluation import TOOL
-from model_cards.parts import TRAINER
+from model_cards.parts import PREDICTORS, TRAINER
 
 # The headings of our own cards, as the templates and `CardSource.title` give them.
-_TITLE = re.compile(r"# (Adapter on .+|.+, (pruned|.+ sparse))")
+_TITLE = re.compile(r"# (Adapter on .+|.+, (pruned|.+ sparse)|.+ with contextual predictors)")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _is_title(lines: tuple[str, ...]) -> bool:
 
 
 def _lines(body: str) -> tuple[str, ...]:
-    for name in ("", TRAINER):
+    for name in ("", PREDICTORS, TRAINER):
         while (part := parts.part_of(body, name)) is not None:
             body = body.replace(part, "", 1)
     return tuple(line.strip() for line in body.splitlines() if line.strip())

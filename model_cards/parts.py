@@ -7,6 +7,7 @@ from typing import Any
 
 from model_cards.escape import json_text
 
+PREDICTORS = "predictors"  # the part about contextual predictors
 TRAINER = "trainer"  # the part with the text of Transformers' Trainer; our own section is the part without a name
 # A block of code, as CommonMark has it (section 4.5): three or more backticks or tildes, closed by as many or more.
 _FENCE = r" {0,3}(`{3,}|~{3,})([^\n]*)"
@@ -61,6 +62,13 @@ def replace_part(text: str, name: str, content: str, newline: str = "\n") -> str
         pieces += [text[position:start], "" if number else part]
         position = stop
     return "".join([*pieces, text[position:]])
+
+
+def without_part(text: str, name: str) -> str:
+    """A text without the parts of that name."""
+    for start, stop in reversed(_spans(text, name)):
+        text = text[:start].rstrip("\r\n") + "\n" * bool(text[:start].strip()) + text[stop:]
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------- where parts are

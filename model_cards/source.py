@@ -55,7 +55,11 @@ class CardSource:
 
 def name_of_base(report: Report) -> str:
     """The model's name; the one in the package goes by the name that the command line takes."""
-    return embedded.NAME if report.model == str(embedded.model_path()) else report.model
+    return known_name(report.model)
+
+
+def known_name(model: str) -> str:
+    return embedded.NAME if model == str(embedded.model_path()) else model
 
 
 def is_repository(name: str) -> bool:

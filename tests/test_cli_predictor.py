@@ -43,7 +43,7 @@ def test_trained_into_a_folder(folder: Path, capsys: pytest.CaptureFixture[str])
         *QUICK,
     ]
     assert main([*words, "--keep-neurons", "0.75", "--keep-heads", "0.5", "--neuron-block", "1", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    told = json.loads(capsys.readouterr().out)  # a bar or a line of a log would not be JSON
     assert told["config"]["keep_neurons"] == 0.75
     assert told["share_of_weights"] > 0
     carried = carried_by(AutoModelForCausalLM.from_pretrained(folder / "made"))
@@ -63,6 +63,66 @@ def test_kinds_are_measured(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     }
     assert main([*words, "--kinds", "static"]) == 0
     assert "static" in capsys.readouterr().out
+
+
+def test_its_own_predictors_are_measured_and_recorded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = str(folder / "made")
+    train = ["predictor", "train", str(folder / "model"), made, "--calibration", str(folder / "train.txt"), *QUICK]
+    assert main([*train, "--keep-neurons", "0.5", "--neuron-block", "1"]) == 0
+    measure = [
+        "predictor",
+        "evaluate",
+        made,
+        "--text",
+        str(folder / "other.txt"),
+        "--window",
+        "16",
+        "--max-windows",
+        "4",
+    ]
+    picture = folder / "picture.svg"
+    words = [*measure, "--record", "--new-tokens", "3", "--plot", str(picture), "--json"]
+    capsys.readouterr()
+    assert main(words) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["name"], row["keep_neurons"], row["keep_heads"]) == ("own", 0.5, 1.0)
+    (figure,) = carried_by(AutoModelForCausalLM.from_pretrained(made)).figures
+    assert (figure.loss, figure.speed) == (row["losses"][0], row["tokens_per_second"])
+    assert "tokens a second" in (folder / "made" / "README.md").read_text()
+    assert picture.stat().st_size > 0
+    assert main([*measure, "--record", "--keep", "0.75"]) == 0
+    found = carried_by(AutoModelForCausalLM.from_pretrained(made)).figures
+    assert [one.neurons for one in found] == ["50 %", "75 %"]
+
+
+def test_criteria_and_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["predictor", "evaluate", str(folder / "model"), "--calibration", str(folder / "train.txt"), *QUICK]
+    words += ["--text", str(folder / "other.txt"), "--window", "16", "--max-windows", "2", "--keep", "0.5", "--json"]
+    assert main([*words, "--kinds", "static", "shadow", "--criterion", "magnitude", "fisher", "--seeds", "2"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {(row["name"], len(row["losses"])) for row in rows} == {
+        (f"{kind} {criterion}", seeds)
+        for kind, seeds in (("static", 1), ("shadow", 2))
+        for criterion in ("magnitude", "fisher")
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kinds", "own"], "carries no predictors"),
+        (["--record"], "holds no hf_sparse_predictors"),
+        (["--seeds", "0"], "--seeds is 0"),
+        (["--new-tokens", "-1"], "--new-tokens is -1"),
+        (["--criterion", "magnitud"], "Did you mean 'magnitude'"),
+        (["--plot", "picture.xyz"], "xyz"),
+    ],
+)
+def test_wrong_measurements_are_refused(
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predictor", "evaluate", str(folder / "model"), *words]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -118,11 +118,11 @@ def _readme(card: Any, local: str, arguments: argparse.Namespace) -> Callable[[s
 
     def readme(there: str | None) -> str:
         if arguments.readme == "folder" or there is None:
-            return publish.merged(card, local)
+            return publish.merged(card, local, arguments.folder)
         if arguments.readme == "repository" or own.is_in(own_text(there)):
-            return publish.merged(card, there)
+            return publish.merged(card, there, arguments.folder)
         if own_text(there).is_in(own):
-            return publish.merged(card, local)
+            return publish.merged(card, local, arguments.folder)
         raise ConfigError(
             f"README.md in {one_line(str(arguments.folder))!r} and in the repository have different texts around the card, or different "
             "values in their headers; say whose to keep: --readme folder or --readme repository."

@@ -15,9 +15,11 @@ from hf_sparse.calibrate import limits_of, ready, tokenizer_of
 from hf_sparse.config.serialise import Serialisable, share, whole
 from hf_sparse.data import read_samples
 from hf_sparse.errors import CalibrationError, ConfigError
+from hf_sparse.predictors.learned import Remembering, check_tokenizer
 from hf_sparse.predictors.masked import masked
 from hf_sparse.predictors.networks import Predictor, from_tensors
 from hf_sparse.predictors.select import Selection
+from hf_sparse.predictors.train import silence_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +70,12 @@ def distill(
     settings = distillation or Distillation()
     if not predictor.trained or not predictor.tells:
         raise ConfigError(f"kind={predictor.kind!r} as given has no weights to train; take 'shadow' or 'dejavu'.")
+    remembering = Remembering(tokenizer_of(model, tokenizer))
     samples = read_samples(
-        data, tokenizer=tokenizer_of(model, tokenizer), num_samples=1, sequence_length=sequence_length,
+        data, tokenizer=remembering, num_samples=1, sequence_length=sequence_length,
         limits=limits_of(model), all_rows=True,
     )  # fmt: skip
+    check_tokenizer(predictor.learned, remembering.print, "the predictor's traces")
     lengths = {row["input_ids"].shape[-1] for row in samples.rows}
     if len(lengths) > 1:
         raise CalibrationError(
@@ -135,7 +139,7 @@ class _Student(nn.Module):
 
 
 def _fit(model: nn.Module, predictor: Predictor, ids: torch.Tensor, settings: Distillation) -> None:
-    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
+    from transformers import EarlyStoppingCallback, Trainer
 
     held = max(1, round(settings.held_out * len(ids)))
     if held >= len(ids):
@@ -148,7 +152,7 @@ def _fit(model: nn.Module, predictor: Predictor, ids: torch.Tensor, settings: Di
             eval_dataset=_Sequences(ids[-held:]),
             callbacks=[EarlyStoppingCallback(settings.patience)],
         )
-        trainer.remove_callback(PrinterCallback)  # would print every check where progress bars are switched off
+        silence_(trainer)
         trainer.train()
 
 

@@ -2,20 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from hf_sparse import native
 from hf_sparse.calibrate import limits_of, ready, tokenizer_of
 from hf_sparse.data import Batch, batches, fingerprint, read_samples, tokens_of
 from hf_sparse.errors import CalibrationError, ConfigError
 from hf_sparse.evaluate import batch_loss, versions_in_words
 from hf_sparse.predictors.agreement import agreement
 from hf_sparse.predictors.criteria import criterion_of, sees_labels
+from hf_sparse.predictors.learned import Remembering, check_tokenizer
 from hf_sparse.predictors.masked import masked
 from hf_sparse.predictors.networks import Oracle, Predictor
 from hf_sparse.predictors.select import Selection
+from hf_sparse.predictors.speeds import DENSE, decoding_speeds
 from hf_sparse.predictors.table import PredictorTable, Row
+from hf_sparse.runtime.choices import processor
+from hf_sparse.runtime.timing import clock_name
 
 _TOKENS_AT_ONCE = 4096
 
@@ -50,14 +57,18 @@ def read_batches(
     model: nn.Module, data: Any, *, tokenizer: Any = None, window: int = 512, max_windows: int | None = None
 ) -> tuple[list[Batch], dict[str, Any]]:
     """Text to measure on, in batches, and where it is from."""
+    remembering = Remembering(tokenizer_of(model, tokenizer))
     samples = read_samples(
-        data, tokenizer=tokenizer_of(model, tokenizer), num_samples=1, sequence_length=window, limits=limits_of(model), all_rows=True,
+        data, tokenizer=remembering, num_samples=1, sequence_length=window, limits=limits_of(model), all_rows=True,
     )  # fmt: skip
     rows = samples.rows[:max_windows]
     if any("input_ids" not in row for row in rows):
         raise CalibrationError(f"predictors are measured on token ids; {samples.source} holds {sorted(rows[0])}.")
     size = max(1, _TOKENS_AT_ONCE // max(tokens_of(row) for row in rows))
-    about = {"text": samples.source, "windows": len(rows), "fingerprint": fingerprint(rows)}
+    about = {
+        "text": samples.source, "window": window, "windows": len(rows), "fingerprint": fingerprint(rows),
+        "tokenizer": remembering.print,
+    }  # fmt: skip
     return batches(rows, size), about
 
 
@@ -72,15 +83,22 @@ def evaluate_predictors(
     max_windows: int | None = None,
     refresh_every: int = 1,
     with_agreement: bool = True,
+    speed_tokens: int | None = None,
 ) -> PredictorTable:
     """A row for each predictor (several of one name differ in their seed) at each selection that it can serve.
 
     A selection is left out for a predictor that does not tell the units it skips, or not for all blocks at once where it is
-    global; `find` on the table then raises.
+    global; `find` on the table then raises. With `speed_tokens` so many tokens are generated, too, to tell how fast that is.
+
+    Raises: ConfigError where there is nothing to measure; CalibrationError for a text that cannot be used, or predictors that
+        learned from tokens of another tokenizer; ModelError for predictors of another model.
     """
     if not predictors or not selections:
         raise ConfigError("nothing to measure; give at least one predictor and one selection.")
     found, about = read_batches(model, data, tokenizer=tokenizer, window=window, max_windows=max_windows)
+    for name, group in predictors.items():
+        for one in group:
+            check_tokenizer(one.learned, about["tokenizer"], f"the predictors {name!r}")
     dense, tokens = decode_loss(model, found)
     weights = sum(parameter.numel() for parameter in model.parameters())
     rows = [
@@ -95,7 +113,43 @@ def evaluate_predictors(
         "refreshed": f"every {refresh_every} tokens",
         "versions": versions_in_words(),
     }
-    return PredictorTable(dense, tokens, tuple(rows), about)
+    table = PredictorTable(dense, tokens, tuple(rows), about)
+    return (
+        table
+        if speed_tokens is None
+        else _with_speeds(model, predictors, selections, table, refresh_every, speed_tokens)
+    )
+
+
+def _with_speeds(
+    model: nn.Module, predictors: Mapping[str, Sequence[Predictor]], selections: Sequence[Selection], table: PredictorTable,
+    every: int, tokens: int,
+) -> PredictorTable:  # fmt: skip
+    """The table with how fast tokens are generated, for all that can generate."""
+    chosen = {
+        (name, selection): (group[0], selection)
+        for name, group in predictors.items()
+        for selection in selections
+        if serves(group[0], selection) and not isinstance(group[0], Oracle)
+    }
+    numbered = {str(number): way for number, way in enumerate(chosen.values())}
+    found = decoding_speeds(model, numbered, refresh_every=every, new_tokens=tokens)
+    speeds = dict(zip(chosen, (found[number] for number in numbered)))
+    rows = [
+        replace(row, tokens_per_second=speed.tokens_per_second, share_of_time=speed.share_of_time)
+        if (speed := speeds.get((row.name, _selection_of(row, selections)))) is not None
+        else row
+        for row in table.rows
+    ]
+    machine = f"{processor()}, kernels {native.instruction_set()}, threads {torch.get_num_threads()}, {clock_name()}"
+    return replace(
+        table, rows=tuple(rows), dense_tokens_per_second=found[DENSE].tokens_per_second, about={**table.about, "machine": machine}
+    )  # fmt: skip
+
+
+def _selection_of(row: Row, selections: Sequence[Selection]) -> Selection:
+    told = (row.keep_neurons, row.keep_heads, row.mode)
+    return next(one for one in selections if (one.keep_neurons, one.keep_heads, one.mode) == told)
 
 
 def serves(predictor: Predictor, selection: Selection) -> bool:

@@ -58,6 +58,12 @@ def _replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
 class Gathered(Masked):
     """The forwards of the modules that skip, and the rows that are chosen for the tokens of the pass at hand."""
 
+    PARTS = (
+        "_tell",
+        "_choose_by_gate",
+        "_chosen",
+    )  # methods in which, beside the predictor's own, scores become choices
+
     def __init__(self, model: nn.Module, predictor: Predictor, selection: Selection, every: int) -> None:
         super().__init__(model, predictor, selection, every, "dense")
         sites = find_sites(model).sites

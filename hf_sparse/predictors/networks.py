@@ -10,6 +10,7 @@ from hf_sparse.config.serialise import known_version, whole
 from hf_sparse.errors import CheckpointError, ConfigError, unknown
 from hf_sparse.predictors.criteria import Scores, criterion_of
 from hf_sparse.predictors.layout import Layout
+from hf_sparse.predictors.learned import Learned
 from hf_sparse.predictors.traces import Statistics
 
 LARGEST_SHARE = 0.03  # of the model's weights, for a rank that nobody gave
@@ -43,6 +44,7 @@ class Predictor(nn.Module):
 
     def __init__(self, layout: Layout, criterion: str, statistics: Statistics, options: Mapping[str, Any]) -> None:
         super().__init__()
+        self.learned: Learned | None = None  # from what; None for one that was never trained
         self.layout, self.criterion, self.options = layout, criterion_of(criterion).name, dict(options)
         self.register_buffer("scales", statistics.scales())
 
@@ -69,7 +71,7 @@ class Predictor(nn.Module):
         about = {
             "kind": self.kind, "criterion": self.criterion, "layout": self.layout.to_dict(),
             "options": {name: list(value) if isinstance(value, tuple) else value for name, value in self.options.items()},
-            "version": 1,
+            "learned": None if self.learned is None else self.learned.to_dict(), "version": 1,
         }  # fmt: skip
         return tensors, about
 
@@ -250,4 +252,5 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) 
         raise CheckpointError(
             f"the predictor's tensors do not fit its description ({str(error).splitlines()[0]}); train it anew."
         ) from error
+    found.learned = Learned.from_dict(about["learned"]) if about.get("learned") is not None else None
     return found

@@ -20,6 +20,7 @@ from hf_sparse.errors import CalibrationError
 from hf_sparse.forwards import main_tensor
 from hf_sparse.predictors.criteria import Scores, criterion_of, sees_labels
 from hf_sparse.predictors.layout import Layout
+from hf_sparse.predictors.learned import Remembering
 from hf_sparse.predictors.traces import FILE, STATISTICS, About, Traces, bytes_per_token
 from hf_sparse.predictors.units import BlockUnits, module_of
 from hf_sparse.predictors.watch import NO_LABEL, Scorer, next_labels, rows_of
@@ -53,13 +54,14 @@ def record(
     layout = layout or Layout.of(model)
     inputs = tuple(sorted(set(layout.blocks if inputs is None else inputs)))
     units = layout.units(model)
+    remembering = Remembering(tokenizer_of(model, tokenizer))
     samples = read_samples(
-        data, tokenizer=tokenizer_of(model, tokenizer), num_samples=num_samples or 1, sequence_length=sequence_length,
+        data, tokenizer=remembering, num_samples=num_samples or 1, sequence_length=sequence_length,
         seed=seed, limits=limits_of(model), all_rows=num_samples is None,
     )  # fmt: skip
     counts = tuple(_recorded(row, criterion) for row in samples.rows)
     _refuse_too_much(sum(counts), bytes_per_token(layout, inputs), most_bytes)
-    about = About(layout.to_dict(), criterion, inputs, counts, samples.source, samples.fingerprint)
+    about = About(layout.to_dict(), criterion, inputs, counts, samples.source, samples.fingerprint, remembering.print)
     writer = _Writer(Path(folder), layout, about, units)
     with ready(model):
         writer.run(Scorer(model, units, criterion_of(criterion)), samples.rows)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from hf_sparse.errors import CheckpointError
 from hf_sparse.predictors.layout import Layout
+from hf_sparse.predictors.learned import Learned
 from hf_sparse.schema import check_plain, parse_json
 
 FILE, STATISTICS = "traces.json", "statistics.safetensors"
@@ -26,6 +27,7 @@ class About:
     sequences: tuple[int, ...]  # tokens recorded of each sequence, in order
     source: str
     fingerprint: str
+    tokenizer: str | None = None  # print of its vocabulary; None where token ids were given
     version: int = 1
 
 
@@ -69,6 +71,12 @@ class Traces:
 
     def __len__(self) -> int:
         return sum(self.about.sequences)
+
+    @property
+    def learned(self) -> Learned:
+        """What predictors that are trained on these traces have learned from."""
+        about = self.about
+        return Learned(source=about.source, fingerprint=about.fingerprint, tokens=len(self), tokenizer=about.tokenizer)
 
     def inputs(self, block: int) -> numpy.ndarray[Any, Any]:
         """Hidden states before a block, (tokens, hidden)."""

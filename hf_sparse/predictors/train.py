@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from hf_sparse.config.serialise import Serialisable, share, whole
 from hf_sparse.errors import CalibrationError, ConfigError
+from hf_sparse.predictors.learned import check_tokenizer, print_of_tokenizer
 from hf_sparse.predictors.networks import TELLS, Predictor, kind_of, rank_for
 from hf_sparse.predictors.traces import Traces
 from hf_sparse.predictors.units import BlockWeights
@@ -41,18 +42,31 @@ class Training(Serialisable):
 
 
 def train(
-    model: nn.Module, traces: Traces, kind: str = "shadow", training: Training | None = None, **options: Any
+    model: nn.Module,
+    traces: Traces,
+    kind: str = "shadow",
+    training: Training | None = None,
+    *,
+    tokenizer: Any = None,
+    **options: Any,
 ) -> Predictor:
     """A predictor of a kind for the model that the traces were recorded on; one without weights is only put together.
 
+    `tokenizer` is the model's, where it should be checked that the traces are in its tokens.
+
     Options: `rank` (of the networks; default: what 3 % of the model's weights allow), `tells` (("neurons", "heads") or one of them), `look_ahead` (dejavu).
+
+    Raises: CalibrationError for traces in the tokens of another tokenizer, ModelError for traces of another model.
     """
     training = training or Training()
+    if tokenizer is not None:
+        check_tokenizer(traces.learned, print_of_tokenizer(tokenizer), f"the traces in {str(traces.folder)!r}")
     with torch.random.fork_rng([]):
         torch.manual_seed(training.seed)
         predictor = _put_together(model, traces, kind, options)
         if predictor.trained and predictor.tells:
             _fit(predictor, traces, training)
+    predictor.learned = traces.learned
     return predictor.eval().requires_grad_(False)
 
 
@@ -129,7 +143,7 @@ class _Fitting(nn.Module):
 
 
 def _fit(predictor: Predictor, traces: Traces, training: Training) -> None:
-    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
+    from transformers import EarlyStoppingCallback, Trainer
 
     border = _border(traces, training)
     with TemporaryDirectory() as folder:
@@ -141,8 +155,21 @@ def _fit(predictor: Predictor, traces: Traces, training: Training) -> None:
             data_collator=_as_it_is,
             callbacks=[EarlyStoppingCallback(training.patience)],
         )
-        trainer.remove_callback(PrinterCallback)  # would print every epoch where progress bars are switched off
+        silence_(trainer)
         trainer.train()
+
+
+def silence_(trainer: Any) -> None:
+    """Take from a Trainer what writes a line for every log to standard output, which belongs to the caller; a bar stays."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    class Bar(ProgressCallback):  # type: ignore[misc]
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(Bar)
 
 
 def _as_it_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
