@@ -281,3 +281,42 @@ def test_an_oracle_does_not_generate(tmp_path: Path) -> None:
     model = small_llama()
     with masked(model, untrained(model, tmp_path, "oracle"), HALF), pytest.raises(ConfigError, match="cannot generate"):
         model.generate(token_rows(1, 4), max_new_tokens=3)
+
+
+# ------------------------------------------------------------------------------------------------ choices that hold
+
+
+def log_probability(model: Any, row: torch.Tensor, prompt: int) -> float:
+    """Of what follows a prompt, token by token."""
+
+    cache, total = DynamicCache(config=model.config), 0.0
+    with torch.no_grad():
+        logits = model(input_ids=row[None, :prompt], past_key_values=cache).logits[0, -1]
+        for token in row[prompt:].tolist():
+            total += float(logits.log_softmax(-1)[token])
+            logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+    return total
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_choices_that_hold_follow_their_beams(every: int, tmp_path: Path) -> None:
+    model, rows = small_llama(), token_rows(2, 5, seed=4)
+    with masked(model, untrained(model, tmp_path), HALF, refresh_every=every):
+        found = model.generate(
+            rows, attention_mask=torch.ones_like(rows), max_new_tokens=9, num_beams=4, do_sample=False, length_penalty=0.0,
+            pad_token_id=0, eos_token_id=None, output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        for row, score in zip(found.sequences, found.sequences_scores):
+            assert float(score) == pytest.approx(log_probability(model, row, 5), abs=1e-3)
+    assert not hasattr(model, "_reorder_cache")
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_guesses_that_are_taken_back_leave_choices_as_they_were(every: int, tmp_path: Path) -> None:
+    model, rows = small_llama(), token_rows(1, 12, seed=4).repeat(1, 2)  # of what is said twice much is guessed
+    settings: dict[str, Any] = {
+        "attention_mask": torch.ones_like(rows), "max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
+    with masked(model, untrained(model, tmp_path), HALF, refresh_every=every):
+        one_by_one = model.generate(rows, **settings)
+        assert torch.equal(model.generate(rows, prompt_lookup_num_tokens=4, **settings), one_by_one)

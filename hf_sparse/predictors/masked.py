@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,12 +64,15 @@ def check_ready(model: nn.Module, refresh_every: int) -> None:
 @contextmanager
 def switched_on(running: "Masked") -> Iterator[None]:
     """The hooks of a way of running, for as long as the block lasts."""
-    handles = list(running.hooks())
-    setattr(running.model, _MARK, True)
+    handles, model = list(running.hooks()), running.model
+    setattr(model, _MARK, True)
+    own = getattr(model, "_reorder_cache", None)  # what `generate` calls, if it is there, when beams change places
+    object.__setattr__(model, "_reorder_cache", partial(running.reorder, own))
     try:
         yield
     finally:
-        delattr(running.model, _MARK)
+        object.__delattr__(model, "_reorder_cache")
+        delattr(model, _MARK)
         for handle in handles:
             handle.remove()
 
@@ -87,7 +91,8 @@ class Masked:
         self.scores: dict[int, Scores] = {}  # what they were chosen by
         self._every, self._prompt, self._softness = every, prompt, softness
         self._start, self._on, self._dense_pass = 0, False, False
-        self._held: dict[tuple[int, str], torch.Tensor] = {}  # last scores that were used, one row for each sequence
+        # Scores that were chosen by, at the places where choices are made in the last pass; one row for each sequence.
+        self._held: dict[tuple[int, str], dict[int, torch.Tensor]] = {}
         self._check()
         oracle = isinstance(predictor, Oracle)
         self._scorer = Scorer(model, self.units, criterion_of(predictor.criterion)) if oracle else None
@@ -246,16 +251,31 @@ class Masked:
             ]
         )
 
+    def reorder(self, own: Callable[[Any, torch.Tensor], Any] | None, cache: Any, beams: torch.Tensor) -> Any:
+        """Let the cache, and the choices that still hold, follow the beams: row i becomes what row `beams[i]` was."""
+        for held in self._held.values():
+            held.update({place: scores.index_select(0, beams.to(scores.device)) for place, scores in held.items()})
+        if own is not None:
+            return own(cache, beams)
+        cache.reorder_cache(beams)
+        return cache
+
     def _hold(self, key: tuple[int, str], scores: torch.Tensor) -> torch.Tensor:
-        held = self._held.get(key)
-        rows = scores.shape[:-2]
-        if held is None or held.shape[:-2] != rows:
-            held = scores[..., :1, :]  # nothing to go by yet: the first token that is seen is chosen for
-        places = torch.arange(self._start, self._start + scores.shape[-2], device=scores.device)
-        latest = places // self._every * self._every - self._start + 1  # 0: before this pass
-        every = torch.cat([held, scores], -2).index_select(-2, latest.clamp_min(0))
-        self._held[key] = every[..., -1:, :]
-        return every
+        """Scores (..., tokens, units) -> those that hold at each token.
+
+        The places of choices are multiples of `refresh_every`. Those of the last pass are remembered, all of them: when a
+        guess is taken back (assisted decoding), the next pass begins in the midst of this one.
+        """
+        every, length = self._every, scores.shape[-2]
+        first = self._start // every * every
+        held = self._held.get(key, {})
+        known = {first: held[first]} if first in held and held[first].shape[:-2] == scores.shape[:-2] else {}
+        known = known or {first: scores[..., :1, :]}  # nothing to go by: the first token that is seen is chosen for
+        for place in range(-(-self._start // every) * every, self._start + length, every):
+            known[place] = scores[..., place - self._start : place - self._start + 1, :]
+        self._held[key] = known
+        places = torch.arange(self._start, self._start + length, device=scores.device)
+        return torch.cat(list(known.values()), -2).index_select(-2, places // every - first // every)
 
 
 def through(mask: torch.Tensor, scores: torch.Tensor, softness: float) -> torch.Tensor:
