@@ -191,9 +191,20 @@ def read_beside(model: Any, file: Path | None) -> None:
         delattr(model.config, CONFIG_KEY)
         return
     saved = saving.load(model, file)
+    _warn_if_stale(model, saved, f"the predictors in {saving.FILE}")
+    attach_(model, saved)
+
+
+def tell_of_stale(model: Any) -> None:
+    """Warn where the weights of a model are no longer those that the predictors it carries were trained on."""
+    carried = carried_by(model)
+    if carried is not None:
+        _warn_if_stale(checkpoint.unwrap(model), carried, "the predictors that the model carries")
+
+
+def _warn_if_stale(model: Any, saved: Saved, which: str) -> None:
     if saving.print_of(model, saved.predictor) != saved.trained_on:
         _log.warning(
-            "the predictors in %s were trained on other weights than the model has now, so they choose worse; train them anew with "
-            "hf_sparse.train_predictors_.", saving.FILE,
+            "%s were trained on other weights than the model has now, so they choose worse; train them anew with "
+            "hf_sparse.train_predictors_.", which,
         )  # fmt: skip
-    attach_(model, saved)

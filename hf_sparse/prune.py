@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sparse import checkpoint
+from hf_sparse import checkpoint, contextual
 from hf_sparse.allot import measured_by, shares
 from hf_sparse.blockwise import Run, with_data, without_data
 from hf_sparse.calibrate import make_batches, ready, survey
@@ -99,6 +99,7 @@ def _prune(model: nn.Module, config: SparsityConfig, shared: Shared, start: floa
     report = _report(run, samples, left, time.monotonic() - start)
     report.permutations, report.permuted = permutations.orders, permutations.places
     checkpoint.attach(model, report)
+    contextual.tell_of_stale(model)
     return report
 
 

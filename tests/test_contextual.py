@@ -144,6 +144,15 @@ def test_predictors_that_are_stale_are_named(tmp_path: Path, caplog: pytest.LogC
     assert "other weights" in caplog.text
 
 
+def test_pruning_makes_predictors_stale_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = carrying()
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        hf_sparse.prune_(model, SparsityConfig(pattern="2:4", metric="magnitude"))
+    assert "the predictors that the model carries were trained on other weights" in caplog.text
+    assert carried_by(model) is not None
+
+
 def test_a_copy_has_predictors_of_its_own() -> None:
     model = carrying()
     expected = tokens(model)
