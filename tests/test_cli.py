@@ -345,6 +345,7 @@ def test_as_a_module() -> None:
     assert "wanda" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_runs_end_to_end_on_little_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()
     assert run("demo", "--output", tmp_path / "demo", "--windows", 4, "--num-samples", 4, "--json") == 0

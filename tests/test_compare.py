@@ -109,6 +109,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseException], N
 # ------------------------------------------------------------------------------------------------ the same bits
 
 
+@pytest.mark.slow
 def test_each_recipe_gives_the_bits_and_the_report_of_prune_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import hf_sparse.compare as module
 
@@ -174,6 +175,7 @@ def test_what_recipes_have_in_common_is_done_once(counted: Counter[str]) -> None
     assert counted == {"read_calibration": 1, "survey": 1, "allot_": 1, "read_samples": 1, "evaluate": 1 + 3}
 
 
+@pytest.mark.slow
 def test_surveys_with_other_probes_and_samples_of_other_seeds_are_others(counted: Counter[str]) -> None:
     on_rows(RECIPES)
     assert counted["read_calibration"] == 1
@@ -426,6 +428,7 @@ def test_the_table_and_markdown_tell_what_figures_depend_on(
             assert part in told
 
 
+@pytest.mark.slow
 def test_the_default_recipes_run(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [recipe.name for recipe in make_recipes(read_recipes("default"), DATA)] == [one["name"] for one in DEFAULT]
     assert run(tmp_path, "default", "--plot", tmp_path / "new" / "p.png", "--reference", "wanda") == 0

@@ -69,7 +69,7 @@ def same(first: Any, second: Any, dtype: torch.dtype | None = None) -> bool:
 
 
 @pytest.mark.parametrize("shards", SHARDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_and_loaded(name: str, dtype: torch.dtype, shards: str, tmp_path: Path) -> None:
     model = pruned(name, dtype)
