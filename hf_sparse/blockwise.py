@@ -214,9 +214,7 @@ def _reconstruct(
     """Train the pruned block towards the dense stream, run it again, and count its zeros again."""
     targets = [main_tensor(call.output) for call in dense]
     own = {
-        numbers[call.batch]: (call, target)
-        for call, target in zip(sparse, targets, strict=True)
-        if target is not None
+        numbers[call.batch]: (call, target) for call, target in zip(sparse, targets, strict=True) if target is not None
     }
     # In the order of one process, which trains on a batch in each step: None stands for the calls of the other processes.
     pairs = [own.get(number) for number in sorted(number for part in ranks.gather(list(own)) for number in part)]

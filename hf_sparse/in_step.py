@@ -22,9 +22,7 @@ def own_batches(batches: Sequence[Batch]) -> list[int]:
     return ranks.own([tokens_of(batch.values) for batch in batches])
 
 
-def in_step(
-    turns: Iterator[list[Call]], blocks: Sequence[Block], order: Sequence[int]
-) -> Generator[Turn, None, None]:
+def in_step(turns: Iterator[list[Call]], blocks: Sequence[Block], order: Sequence[int]) -> Generator[Turn, None, None]:
     """The turns of `forwards.walk`, the same blocks on all processes; `order` is the one that the walk was given."""
     place = {index: position for position, index in enumerate(order)}
     by_index = {block.index: block for block in blocks}

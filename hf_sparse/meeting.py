@@ -5,6 +5,7 @@ every second how far its process is, in one small exchange; only when all have a
 themselves exchange data. The time limit of the group therefore bounds silence and transfers, never work.
 """
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,7 +40,8 @@ class Meeting:
         self._thread.start()
 
     def _words(self, what: str, error: Exception) -> str:
-        first = (str(error).splitlines() or [""])[0]
+        first = re.sub(r"^(\[\S+:\d+\] )+", "", (str(error).splitlines() or [""])[0])  # a place in the sources of gloo
+        first = first.partition(". This is typically")[0]
         return (
             f"{what}: process {self.rank} of {self.count} has lost another one, which was killed, stopped, or silent for "
             f"{self._seconds:g} s ({first}); start all of them again."

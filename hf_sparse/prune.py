@@ -228,7 +228,9 @@ def _attempt(run: Run, samples: Samples | None, permutations: Permutations, shar
                     shared.allot_(run, samples, batches)
                     permute_(run, samples.rows, batches, permutations)
                     ranks.agree("orders of channels", permutations.orders)
-                    if permutations.done and run.two_streams:  # what enters a block's output is known channel by channel
+                    if (
+                        permutations.done and run.two_streams
+                    ):  # what enters a block's output is known channel by channel
                         wirings = survey(run.model, run.inventory, samples.rows, False, run.config.device, True).wirings
                         run.survey = replace(run.survey, wirings=wirings)
                     if held_out:

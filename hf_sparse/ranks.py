@@ -22,6 +22,7 @@ from hf_sparse.meeting import ARRIVED, FAILED, Meeting
 TIMEOUT = "HF_SPARSE_RANKS_TIMEOUT"  # seconds of silence after which a process counts as lost
 DEFAULT_TIMEOUT = 300.0
 _KINDS = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
+_LONGEST = 200  # letters of what differs
 T = TypeVar("T")
 
 
@@ -210,8 +211,13 @@ def agree(what: str, value: Any) -> None:
     found = gather(value)
     other = next((number for number, given in enumerate(found) if given != found[0]), None)
     if other is not None:
+        pair = [found[0], found[other]]
+        if all(isinstance(one, dict) for one in pair):
+            pair = [
+                {key: item for key, item in one.items() if item != pair[1 - at].get(key)} for at, one in enumerate(pair)
+            ]
         raise ModelError(
-            f"processes 0 and {other} of {count()} do not have the same {what} ({str(found[0])[:200]} and {str(found[other])[:200]}); "
+            f"processes 0 and {other} of {count()} do not have the same {what} ({' and '.join(str(one)[:_LONGEST] for one in pair)}); "
             "give all of them the same model, configuration and data, on the same versions and kind of processor. A model that "
             "only one process has is pruned inside `with hf_sparse.ranks.alone():`."
         )

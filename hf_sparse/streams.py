@@ -133,7 +133,9 @@ class TwoStreams:
             return drift
         device = next(self._block.module.parameters()).device
         self._recorder.share(device, stage)
-        shapes = ranks.gather([list(found.shape) if found is not None else [] for found in (drift, *map(debts.get, stage))])
+        shapes = ranks.gather(
+            [list(found.shape) if found is not None else [] for found in (drift, *map(debts.get, stage))]
+        )
         summed: list[torch.Tensor | None] = []
         for position, found in enumerate((drift, *map(debts.get, stage))):
             shape = max(part[position] for part in shapes)

@@ -98,7 +98,7 @@ def _code(arguments: argparse.Namespace) -> int:
 
 
 def _failed(arguments: argparse.Namespace, error: Exception) -> int:
-    if not processes.speaks(error):
+    if not processes.speaks(arguments.command, error):
         return FAILED
     lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
     if not isinstance(error, HfSparseError):

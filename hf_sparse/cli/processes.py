@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-from hf_sparse.errors import ConfigError, ProcessLost
+from hf_sparse.errors import ProcessLost
 
 SHARED = ("prune",)  # the commands that many processes share
 
@@ -17,9 +17,13 @@ def launched() -> int:
     return int(given) if given.isdecimal() and "RANK" in os.environ and "MASTER_ADDR" in os.environ else 1
 
 
-def speaks(error: Exception | None = None) -> bool:
+def speaks(command: str, error: Exception | None = None) -> bool:
     """Whether this process prints: the first one does; where one is lost it may be that one, so then each that is left does."""
-    return launched() == 1 or os.environ.get("RANK") == "0" or _lost(error)
+    return not _is_shared(command) or os.environ.get("RANK") == "0" or _lost(error)
+
+
+def _is_shared(command: str) -> bool:
+    return command in SHARED and launched() > 1
 
 
 def _lost(error: BaseException | None) -> bool:
@@ -32,22 +36,17 @@ def _lost(error: BaseException | None) -> bool:
 def group(command: str) -> Iterator[None]:
     """The group of the launched processes while a command runs; when it ends, the others wait until the first has spoken.
 
-    Raises: ConfigError for a command that many processes cannot share.
+    Raises: ProcessLost where not all of them come.
     """
-    if launched() == 1:
+    if not _is_shared(command):
         yield
         return
-    if command not in SHARED:
-        raise ConfigError(
-            f"{launched()} processes were launched, and only {', '.join(SHARED)} shares its work among several; start one without "
-            "torchrun or accelerate launch."
-        )
     from torch import distributed
     from transformers.utils import logging
 
     from hf_sparse import ranks
 
-    if not speaks():
+    if not speaks(command):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         warnings.simplefilter("ignore")
