@@ -61,5 +61,5 @@ def checksum(module: nn.Module) -> int:
         if stored.device.type == "meta":
             found = zlib.crc32(repr(tuple(stored.shape)).encode(), found)
             continue
-        found = zlib.crc32(stored.cpu().contiguous().view(-1).view(torch.uint8).numpy(), found)
+        found = zlib.crc32(stored.cpu().contiguous().view(-1).view(torch.uint8).numpy().data, found)
     return found

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darw
 
 
 @pytest.fixture(autouse=True)
-def soon_lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def soon_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ranks.TIMEOUT, "30")
-    yield
 
 
 def pruned(make: Callable[[], nn.Module], **fields: Any) -> dict[str, Any]:

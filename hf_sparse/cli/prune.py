@@ -1,4 +1,8 @@
-"""Prune a model and write it, with its report and card, to a folder."""
+"""Prune a model and write it, with its report and card, to a folder.
+
+Started by torchrun or `accelerate launch -m hf_sparse prune ...`, all processes share the work and the first one writes; one that is
+silent for HF_SPARSE_RANKS_TIMEOUT seconds (300) ends them all.
+"""
 
 import argparse
 import json
