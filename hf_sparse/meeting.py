@@ -30,7 +30,8 @@ class Meeting:
         try:
             self.group: Any = distributed.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
         except (RuntimeError, ValueError) as error:
-            raise ProcessLost(self._words("not all processes began to prune", error)) from error
+            hint = ", or prune inside `with hf_sparse.ranks.alone():` what only one of them has"
+            raise ProcessLost(self._words("not all processes began to prune", error, hint)) from error
         self._changed = threading.Condition()
         self._state = WORKING
         self._met: list[int] | None = None  # the states of all, while the processes exchange data
@@ -39,12 +40,12 @@ class Meeting:
         self._thread = threading.Thread(target=self._signs_of_life, name="hf_sparse ranks", daemon=True)
         self._thread.start()
 
-    def _words(self, what: str, error: Exception) -> str:
+    def _words(self, what: str, error: Exception, hint: str = "") -> str:
         first = re.sub(r"^(\[\S+:\d+\] )+", "", (str(error).splitlines() or [""])[0])  # a place in the sources of gloo
         first = first.partition(". This is typically")[0]
         return (
             f"{what}: process {self.rank} of {self.count} has lost another one, which was killed, stopped, or silent for "
-            f"{self._seconds:g} s ({first}); start all of them again."
+            f"{self._seconds:g} s ({first}); start all of them again{hint}."
         )
 
     def _signs_of_life(self) -> None:
