@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sparse import division, ranks
 from hf_sparse.blocks import Block
 from hf_sparse.config import SparsityConfig
 from hf_sparse.forwards import full_precision, norm
@@ -46,13 +47,19 @@ class _Chosen:
 def prune_block(model: nn.Module, config: SparsityConfig, block_plan: BlockPlan) -> list[SiteReport]:
     """Prune the planned sites of a loaded block; the statistics are there before, so their order does not matter."""
     reports = {plan.site.name: _left_dense(model, block_plan, plan) for plan in block_plan.plans if plan.dense}
-    for plans in _by_input(block_plan, config):
+    groups = _by_input(block_plan, config)
+    # Without data there is nothing to share, and what every process works out alike needs not be sent.
+    divided = block_plan.recorder is not None
+    owner = division.owners(groups, config.update != ("none",)) if divided else [ranks.rank()] * len(groups)
+    for plans in (group for group, number in zip(groups, owner, strict=True) if number == ranks.rank()):
         # Scores are made of dense weights, so all of a group come before any is written.
         chosen = [_read(model, config, block_plan, plan) for plan in plans]
         with full_precision():
             solved = _updated(config, block_plan, chosen)
             for one, (weight, mask) in zip(chosen, solved, strict=True):
                 reports[one.plan.site.name] = _written(model, block_plan, one, weight, mask)
+    if divided:
+        division.hand_out_(model, groups, owner, reports)
     return [reports[plan.site.name] for plan in block_plan.plans]
 
 

@@ -4,20 +4,24 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from hf_sparse import ranks
 from hf_sparse.apply import BlockPlan, prune_block
 from hf_sparse.blocks import Block
 from hf_sparse.calibrate import TOKEN_BUDGET, Survey, forward
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Batch
+from hf_sparse.division import check_alike
 from hf_sparse.errors import CalibrationError
 from hf_sparse.families import Inventory
 from hf_sparse.forwards import Call, main_tensor, norm, run_again, walk
+from hf_sparse.in_step import in_step, own_batches
 from hf_sparse.plan import SitePlan, needs, plan_site
 from hf_sparse.reconstruct import reconstruct_
 from hf_sparse.record import ERROR_SAMPLE, Recorder
@@ -83,7 +87,7 @@ class Run:
 
 
 def _progress(run: Run) -> Any:
-    return transformers_logging.tqdm(total=len(run.chosen), desc="Pruning", unit="block")
+    return transformers_logging.tqdm(total=len(run.chosen), desc="Pruning", unit="block", disable=not ranks.is_first())
 
 
 def without_data(run: Run, blocks: Sequence[Block]) -> None:
@@ -93,6 +97,7 @@ def without_data(run: Run, blocks: Sequence[Block]) -> None:
             start = time.monotonic()
             with block.loaded(run.config.device):
                 sites = run.prune(block, None)
+                check_alike(block.name, block.module)
                 block.commit()
             _finish(run, block, sites, None, time.monotonic() - start)
             bar.update()
@@ -101,27 +106,29 @@ def without_data(run: Run, blocks: Sequence[Block]) -> None:
 def with_data(run: Run, batches: list[Batch]) -> None:
     """Block by block: run all batches dense and measure, prune, run them again; the next block gets what comes out.
 
-    With two streams every batch has a second pass, in which all blocks stay dense.
+    With two streams every batch has a second pass, in which all blocks stay dense. Each process runs its share of the batches.
     """
     recorders: dict[int, Recorder] = {}
     calls_left = {index: run.survey.expected(index, batches) for index in run.chosen}
-    passes = [forward(run.model, batch.values) for batch in batches] * (2 if run.two_streams else 1)
+    numbers = own_batches(batches)
+    mine = [batches[number] for number in numbers]
+    passes = [forward(run.model, batch.values) for batch in mine] * (2 if run.two_streams else 1)
     with _progress(run) as bar, closing(walk(run.inventory.blocks, passes, run.survey.order())) as turns:
-        for calls in turns:
-            block = calls[0].block
+        for block, calls, everywhere in in_step(turns, run.inventory.blocks, run.survey.order()):
             index = block.index
             if index not in run.chosen or index in run.done:
                 _run_only(run, block, calls)
                 continue
             start = time.monotonic()
-            calls_left[index] -= len(calls) // (2 if run.two_streams else 1)
+            calls_left[index] -= everywhere // (2 if run.two_streams else 1)
             with block.loaded(run.config.device):
                 recorder = recorders.setdefault(index, _recorder(run, block, len(batches)))
-                prune = _in_two_streams if run.two_streams else _in_one_stream
+                prune = partial(_in_two_streams, numbers=numbers) if run.two_streams else _in_one_stream
                 # A block that runs several times a pass (ALBERT) is pruned at its last run, with the statistics of all.
-                pruned = prune(run, block, calls, recorder, batches, calls_left[index] <= 0)
+                pruned = prune(run, block, calls, recorder, mine, calls_left[index] <= 0)
                 if pruned is not None:
                     del recorders[index], recorder  # Gram matrices are large
+                    check_alike(block.name, block.module)
                     block.commit()
                     _finish(run, block, *pruned, time.monotonic() - start)
                     bar.update()
@@ -148,12 +155,13 @@ def _in_one_stream(
     dense = [_dense_pass(run, block, call, recorder, batches[call.batch]) for call in calls]
     if not last:
         return None
+    recorder.share(next(block.module.parameters()).device)
     sites = run.prune(block, recorder)
     return sites, _sparse_pass(run, calls, dense)
 
 
 def _in_two_streams(
-    run: Run, block: Block, calls: list[Call], recorder: Recorder, batches: list[Batch], last: bool
+    run: Run, block: Block, calls: list[Call], recorder: Recorder, batches: list[Batch], last: bool, numbers: list[int]
 ) -> Pruned:
     """Prune a block with both streams; the error is that of the pruned model's hidden states against the dense model's."""
     if not last or block.index not in run.survey.wirings:
@@ -170,15 +178,16 @@ def _in_two_streams(
         for call in sparse:
             _dense_pass(run, block, call, ahead, batches[call.batch])
             call.output = None
+        ahead.share(next(block.module.parameters()).device)
     wiring = run.survey.wirings[block.index]
     streams = TwoStreams(run.model, run.config, block, sites, plans, wiring, recorder, ahead, lambda: run.mark(block))
     reports = streams.prune(sparse, dense, batches)
     if "reconstruct" in run.config.update:
-        reports = _reconstruct(run, block, sparse, dense, reports)
+        reports = _reconstruct(run, block, sparse, dense, reports, numbers)
     error = _Error()
     for one, other in zip(sparse, dense, strict=True):
         error.add(main_tensor(other.output), main_tensor(one.output))
-    return reports, error.value
+    return reports, error.value()
 
 
 class _Error:
@@ -193,23 +202,27 @@ class _Error:
             self._difference += norm(sparse - dense) ** 2
             self._total += norm(dense) ** 2
 
-    @property
     def value(self) -> float | None:
-        return (self._difference / self._total) ** 0.5 if self._total else None
+        """Over the calls of all processes."""
+        difference, total = ranks.summed(self._difference, self._total)
+        return (difference / total) ** 0.5 if total else None
 
 
 def _reconstruct(
-    run: Run, block: Block, sparse: list[Call], dense: list[Call], reports: list[SiteReport]
+    run: Run, block: Block, sparse: list[Call], dense: list[Call], reports: list[SiteReport], numbers: list[int]
 ) -> list[SiteReport]:
     """Train the pruned block towards the dense stream, run it again, and count its zeros again."""
     targets = [main_tensor(call.output) for call in dense]
-    pairs = [(call, target) for call, target in zip(sparse, targets, strict=True) if target is not None]
+    own = {
+        numbers[call.batch]: (call, target) for call, target in zip(sparse, targets, strict=True) if target is not None
+    }
+    # In the order of one process, which trains on a batch in each step: None stands for the calls of the other processes.
+    pairs = [own.get(number) for number in sorted(number for part in ranks.gather(list(own)) for number in part)]
     pruned = [plan.site for plan in run.plans(block) if not plan.dense]
     if pairs and pruned:
         run.mark(block)
-        calls, wanted = [call for call, _ in pairs], [target for _, target in pairs]
         options = run.config.options_of("reconstruct")
-        note = reconstruct_(run.model, block, pruned, calls, wanted, options, run.config.device, run.config.seed)
+        note = reconstruct_(run.model, block, pruned, pairs, options, run.config.device, run.config.seed)
         if note:
             run.notes.append(f"{block.name}: {note}")
     for call in sparse:
@@ -256,7 +269,7 @@ def _sparse_pass(run: Run, calls: list[Call], dense: list[torch.Tensor | None]) 
         call.output = None
         call.output = call(run.config.device)
         error.add(before, main_tensor(call.output))
-    return error.value
+    return error.value()
 
 
 def _finish(run: Run, block: Block, sites: list[SiteReport], error: float | None, seconds: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sparse import groups
+from hf_sparse import groups, ranks
 from hf_sparse.blocks import Block
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Batch, Limits, Sample, Samples, batches, read_samples, tokens_of
@@ -104,8 +104,13 @@ def _with_decoder_input(row: Sample) -> Sample:
 
 
 def make_batches(rows: Sequence[Sample], size: int | str, budget: int = TOKEN_BUDGET) -> tuple[list[Batch], int]:
-    """Batches and the batch size used; "auto" fills a fixed budget of tokens with the longest sample."""
+    """Batches and the batch size used; "auto" fills a fixed budget of tokens with the longest sample.
+
+    Of many processes each gets a batch if there are samples enough.
+    """
     number = int(size) if size != "auto" else max(1, budget // max(tokens_of(row) for row in rows))
+    if size == "auto" and ranks.count() > 1:
+        number = min(number, -(-len(rows) // ranks.count()))
     return batches(rows, number), number
 
 

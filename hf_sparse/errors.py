@@ -45,6 +45,10 @@ class PruningInterrupted(HfSparseError):
         self.blocks = blocks
 
 
+class ProcessLost(HfSparseError):
+    """Raised when another of the processes that prune together was killed, stopped or could not be reached in time."""
+
+
 def unknown(kind: str, given: object, allowed: Iterable[str]) -> str:
     """The sentence for a name that is not known, with the nearest known one."""
     names = sorted(allowed)

@@ -5,6 +5,7 @@ from contextlib import closing
 
 from transformers.utils import logging as transformers_logging
 
+from hf_sparse import ranks
 from hf_sparse.allot import measure, measured_by, shares
 from hf_sparse.blocks import Block
 from hf_sparse.blockwise import Run
@@ -12,6 +13,7 @@ from hf_sparse.calibrate import forward
 from hf_sparse.data import Batch
 from hf_sparse.errors import CalibrationError
 from hf_sparse.forwards import walk
+from hf_sparse.in_step import in_step, own_batches
 from hf_sparse.observe import operand_of
 from hf_sparse.record import Recorder
 from hf_sparse.sites import Site, read
@@ -25,7 +27,7 @@ def allot_(run: Run, batches: Sequence[Batch]) -> None:
     entry = measured_by(run.config)
     if entry is None or run.measured:
         return
-    measured = _measured(run, batches)
+    measured = {int(index): value for index, value in ranks.from_first(list(_measured(run, batches).items()))}
     for index in run.chosen:
         if index not in measured:
             name = run.inventory.blocks[index].name
@@ -56,21 +58,23 @@ def dense_recorders(
     """One pass over the dense model: each loaded block after its last run, with `statistics` of what entered its `sites`."""
     recorders: dict[int, Recorder] = {}
     left = {index: run.survey.expected(index, batches) for index in run.chosen}
-    passes = [forward(run.model, batch.values) for batch in batches]
+    mine = [batches[position] for position in own_batches(batches)]
+    passes = [forward(run.model, batch.values) for batch in mine]
     with (
-        transformers_logging.tqdm(total=len(left), desc="Measuring", unit="block") as bar,
+        transformers_logging.tqdm(total=len(left), desc="Measuring", unit="block", disable=not ranks.is_first()) as bar,
         closing(walk(run.inventory.blocks, passes, run.survey.order())) as turns,
     ):
-        for calls in turns:
-            block, own = calls[0].block, sites.get(calls[0].block.index, [])
+        for block, calls, everywhere in in_step(turns, run.inventory.blocks, run.survey.order()):
+            own = sites.get(block.index, [])
             needs = {operand_of(site): set(statistics) for site in own}
             recorder = recorders.setdefault(block.index, Recorder(own, needs, 1))
             with block.loaded(run.config.device):
                 for call in calls:
-                    with recorder.listening(run.model, own, batches[call.batch]):
+                    with recorder.listening(run.model, own, mine[call.batch]):
                         call.output = call(run.config.device)
-                left[block.index] = left.get(block.index, 0) - len(calls)
+                left[block.index] = left.get(block.index, 0) - everywhere
                 if left[block.index] <= 0:
+                    recorders[block.index].share(next(block.module.parameters()).device)
                     yield block, recorders.pop(block.index)
                     bar.update(int(block.index in run.chosen))
             del calls

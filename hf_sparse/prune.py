@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sparse import checkpoint, contextual
+from hf_sparse import checkpoint, contextual, ranks
 from hf_sparse.allot import measured_by, shares
 from hf_sparse.blockwise import Run, with_data, without_data
 from hf_sparse.calibrate import make_batches, ready, survey
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Samples, tokens_of
+from hf_sparse.division import checksum
 from hf_sparse.errors import CalibrationError, ConfigError, HfSparseError, ModelError, PruningInterrupted
-from hf_sparse.families import find_sites
+from hf_sparse.families import Inventory, find_sites
 from hf_sparse.permute import Permutations, check_permutable, permute_
 from hf_sparse.plan import select
 from hf_sparse.prune_report import add_earlier_, block_reports, make_report
@@ -45,10 +46,11 @@ def prune_(
 
     `config` may be an object, a dict or the path of a JSON or YAML file. `tokenizer` turns calibration text into tokens;
     without one it is loaded from the model's own path, with `tokenizer_options` (revision, token, ...). Blocks are pruned
-    one after the other, each on inputs that the already pruned ones produced (arXiv 2306.11695, section 3).
+    one after the other, each on inputs that the already pruned ones produced (arXiv 2306.11695, section 3). Where a group of
+    processes is initialised (`torch.distributed`), all of them call this and share the work, see docs/processes.md.
 
     Raises: ConfigError, ModelError and CalibrationError before anything is changed; PruningInterrupted, which names the blocks
-    already pruned, if a later step fails.
+    already pruned, if a later step fails; ProcessLost where another process is gone before anything was changed.
     """
     return prune_sharing_(model, config, Shared(tokenizer, tokenizer_options))
 
@@ -56,15 +58,16 @@ def prune_(
 def prune_sharing_(model: nn.Module, config: Any, shared: Shared) -> Report:
     """`prune_` with what earlier prunings of the same dense model have left in `shared`."""
     start = time.monotonic()
-    config = SparsityConfig.of(config)
-    config.check_calibration()
-    inner = checkpoint.unwrap(model)
-    if config.permute and isinstance(inner, nn.Module):
-        check_permutable(model, inner)
-    model = inner
-    checkpoint.check_prunable(model)
-    with _alone(model):
-        return _prune(model, config, shared, start)
+    with ranks.together():
+        config = SparsityConfig.of(config)
+        config.check_calibration()
+        inner = checkpoint.unwrap(model)
+        if config.permute and isinstance(inner, nn.Module):
+            check_permutable(model, inner)
+        model = inner
+        checkpoint.check_prunable(model)
+        with _alone(model):
+            return _prune(model, config, shared, start)
 
 
 @contextmanager
@@ -88,13 +91,17 @@ def _prune(model: nn.Module, config: SparsityConfig, shared: Shared, start: floa
                 "device=... cannot be used with a model that device_map placed; leave one of the two out."
             )
     inventory = find_sites(model)
+    _check_alike(model, inventory, config)
     chosen, left = select(inventory, config)
     run = Run(model, config, inventory, chosen, shares(inventory, chosen, config))
     run.notes += _scan(run)
     given = config.calibration is not None
     samples = shared.samples(model, config) if given else None
+    ranks.agree("calibration samples, told by their fingerprint", samples.fingerprint if samples else None)
     permutations = Permutations()
     with ready(model):
+        if ranks.count() > 1:  # a model that draws random numbers draws the same ones on all processes
+            torch.manual_seed(config.seed)
         _attempt(run, samples, permutations, shared)
     report = _report(run, samples, left, time.monotonic() - start)
     report.permutations, report.permuted = permutations.orders, permutations.places
@@ -104,6 +111,20 @@ def _prune(model: nn.Module, config: SparsityConfig, shared: Shared, start: floa
 
 
 # ---------------------------------------------------------------------------------------------------- before anything changes
+
+
+def _check_alike(model: nn.Module, inventory: Inventory, config: SparsityConfig) -> None:
+    """Raises ModelError where processes that shall prune together were not given the same."""
+    if ranks.count() == 1:
+        return
+    plain = {name: value for name, value in config.to_dict().items() if name not in ("calibration", "device")}
+    ranks.agree("configuration", plain)
+    ranks.agree("model", [type(model).__name__, sum(parameter.numel() for parameter in model.parameters())])
+    sums = []
+    for block in inventory.blocks:
+        with block.loaded():
+            sums.append(checksum(block.module))
+    ranks.agree("weights", [*sums, checksum(model)])
 
 
 def check_device(device: str) -> None:
@@ -204,15 +225,19 @@ def _attempt(run: Run, samples: Samples | None, permutations: Permutations, shar
             rows, held_out = held_back(run, samples.rows)
             batches, run.batch_size = make_batches(rows, size, run.token_budget)
             try:
-                shared.allot_(run, samples, batches)
-                permute_(run, samples.rows, batches, permutations)
-                if permutations.done and run.two_streams:  # what enters a block's output is known channel by channel
-                    wirings = survey(run.model, run.inventory, samples.rows, False, run.config.device, True).wirings
-                    run.survey = replace(run.survey, wirings=wirings)
-                if held_out:
-                    search_(run, rows, held_out)
-                else:
-                    with_data(run, batches)
+                with ranks.together():  # so that all processes end up here with the error of one
+                    shared.allot_(run, samples, batches)
+                    permute_(run, samples.rows, batches, permutations)
+                    ranks.agree("orders of channels", permutations.orders)
+                    if (
+                        permutations.done and run.two_streams
+                    ):  # what enters a block's output is known channel by channel
+                        wirings = survey(run.model, run.inventory, samples.rows, False, run.config.device, True).wirings
+                        run.survey = replace(run.survey, wirings=wirings)
+                    if held_out:
+                        search_(run, rows, held_out)
+                    else:
+                        with_data(run, batches)
                 return
             except (MemoryError, RuntimeError) as error:
                 largest = max(len(batch.numbers) for batch in batches)
@@ -261,4 +286,6 @@ def _report(run: Run, samples: Samples | None, left: dict[str, str], seconds: fl
             "longest": max(tokens_of(row) for row in samples.rows), "batch_size": run.batch_size, "items": list(samples.items[:_ITEMS_KEPT]),
         }  # fmt: skip
     left_out = {**run.inventory.left_out, **left}
-    return make_report(run.model, run.config, blocks, left_out, run.notes, calibration, seconds)
+    report = make_report(run.model, run.config, blocks, left_out, run.notes, calibration, seconds)
+    report.processes = ranks.count()
+    return report

@@ -14,35 +14,40 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from hf_sparse import ranks
 from hf_sparse.blocks import Block
 from hf_sparse.forwards import Call, full_precision, main_tensor, moved
 from hf_sparse.sites import Site, parameter_of, view
 
 _FOR_ZEROS = 0.01  # stands for the size of a bias that is all zeros
 _FEWEST, _CHECKED = 4, 8  # from four calls on one in eight, and at least one, is kept for checking
+Pair = tuple[Call, torch.Tensor]  # a call, and what shall come of it
 _SMALL = 1e-3  # of the mean square of all tokens; what is smaller counts as this
 
 
 def reconstruct_(
-    model: nn.Module, block: Block, pruned: Sequence[Site], calls: Sequence[Call], targets: Sequence[torch.Tensor],
+    model: nn.Module, block: Block, pruned: Sequence[Site], pairs: Sequence[Pair | None],
     options: Mapping[str, Any], device: str | None, seed: int,
 ) -> str:  # fmt: skip
     """Train a loaded block in place; returns what went wrong, nothing if it helped.
 
+    `pairs` are calls with what the dense model gives; None stands for one of another process, whose gradients then come from there.
+    So many processes take the steps of one, no faster than one.
+
     Some of the calls are not trained on: on them it is seen whether training helped, or only learned the samples by heart. A run
     that diverges or does not help leaves the block as it was.
     """
-    train, check = _split(len(calls))
+    train, check = _split(len(pairs))
     masks = _masks(model, pruned)
     trained = _trained(block.module, masks)
     # A gradient has its parameter's dtype, so the caller's are put aside before that is changed.
     with full_precision(), _only_trained(block.module, trained), _in_single_precision(block.module):
         backup = [parameter.detach().clone() for parameter in trained]
-        before = _loss(block, calls, targets, check, device)
-        finite = _train(block, trained, masks, calls, targets, train, options, device, seed)
+        before = _loss(block, pairs, check, device)
+        finite = _train(block, trained, masks, pairs, train, options, device, seed)
         for parameter in trained:
             parameter.grad = None
-        after = _loss(block, calls, targets, check, device) if finite else math.nan
+        after = _loss(block, pairs, check, device) if finite else math.nan
         if after < before:
             return ""
         for parameter, old in zip(trained, backup, strict=True):
@@ -130,16 +135,15 @@ def _split(number: int) -> tuple[list[int], list[int]]:
     return [index for index in range(number) if index not in check], check
 
 
-def _loss(
-    block: Block, calls: Sequence[Call], targets: Sequence[torch.Tensor], which: list[int], device: str | None
-) -> float:
-    losses = [float(_error(_run(block, calls[index], device), targets[index])) for index in which]
+def _loss(block: Block, pairs: Sequence[Pair | None], which: list[int], device: str | None) -> float:
+    chosen = [pairs[index] for index in which]
+    losses = ranks.summed(*(float(_error(_run(block, pair[0], device), pair[1])) if pair else 0.0 for pair in chosen))
     return sum(losses) / len(losses) if losses else math.nan
 
 
 def _train(
-    block: Block, trained: list[nn.Parameter], masks: dict[int, torch.Tensor], calls: Sequence[Call],
-    targets: Sequence[torch.Tensor], which: list[int], options: Mapping[str, Any], device: str | None, seed: int,
+    block: Block, trained: list[nn.Parameter], masks: dict[int, torch.Tensor], pairs: Sequence[Pair | None],
+    which: list[int], options: Mapping[str, Any], device: str | None, seed: int,
 ) -> bool:  # fmt: skip
     """Adam with a cosine to zero; False as soon as a loss is not finite."""
     steps, rate = int(options["steps"]), float(options["learning_rate"])
@@ -149,16 +153,30 @@ def _train(
     order = [which[position] for position in _order(len(which), steps, seed)]
     with torch.enable_grad():
         for number in order:
-            loss = _error(_run(block, calls[number], device), targets[number])
-            if not bool(torch.isfinite(loss)):
-                return False
             optimizer.zero_grad()
-            loss.backward()
+            if not _gradients(block, pairs[number], trained, device):
+                return False
             for parameter in trained:
                 if parameter.grad is not None and id(parameter) in masks:
                     parameter.grad.mul_(masks[id(parameter)])
             optimizer.step()
             schedule.step()
+    return True
+
+
+def _gradients(block: Block, pair: Pair | None, trained: list[nn.Parameter], device: str | None) -> bool:
+    """Give the parameters their gradients for one call, on all processes; whether its loss is finite."""
+    loss = _error(_run(block, pair[0], device), pair[1]) if pair else torch.zeros(())
+    if pair and bool(torch.isfinite(loss)):
+        loss.backward()
+    # Experts that no token reached have no gradient, which is not the same to Adam as one of zeros.
+    told, *reached = ranks.summed(float(loss.detach()), *(float(parameter.grad is not None) for parameter in trained))
+    if not math.isfinite(told) or ranks.count() == 1:
+        return math.isfinite(told)
+    found = [parameter for parameter, number in zip(trained, reached, strict=True) if number]
+    for parameter in found:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    ranks.sum_(*(parameter.grad for parameter in found if parameter.grad is not None))
     return True
 
 

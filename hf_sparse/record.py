@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from hf_sparse import ranks
 from hf_sparse.data import Batch
 from hf_sparse.errors import CalibrationError
 from hf_sparse.observe import Observer, Operand, operand_of
@@ -46,6 +47,8 @@ class Recorder:
         self.input_of: dict[Operand, Operand] = {}  # operand -> the first operand that read the same input
         self.statistics: dict[tuple[Operand, str], Statistic] = {}
         self.samples: dict[Operand, list[torch.Tensor]] = {}
+        self._numbers: dict[Operand, list[int]] = {}  # of the first sample of the batch that each sample came from
+        self._shared: set[Operand] = set()  # operands whose records are those of all processes
         self._wanted = {operand_of(site) for site in sites}
         self._tokens: dict[Operand, int] = {}
         self._present: dict[Identity, _Present] = {}
@@ -85,6 +88,7 @@ class Recorder:
         if self._sample_each and flat.shape[0] and sum(map(len, kept)) < ERROR_SAMPLE:
             step = max(1, flat.shape[0] // self._sample_each)
             kept.append(flat[::step][: self._sample_each].clone())
+            self._numbers.setdefault(key, []).append(min(self._batch.numbers, default=0))
 
     def _statistic(self, key: Operand, name: str, flat: torch.Tensor) -> Statistic:
         if (key, name) not in self.statistics:
@@ -136,6 +140,65 @@ class Recorder:
             f"the input of {names.get(key, key.module)} is NaN or infinite for {where}; "
             "drop that sample, or load the model in a wider dtype (float16 overflows easily)."
         )
+
+    def share(self, device: torch.device, operands: Collection[Operand] | None = None) -> None:
+        """Make what all processes recorded of some operands' inputs (None: of all) the record of each; `device` is the block's.
+
+        Raises: CalibrationError where operands share an input on one process and not on another.
+        """
+        if ranks.count() == 1:
+            return
+        due = self._wanted - self._shared if operands is None else set(operands) - self._shared
+        self._shared |= due
+        told = ranks.gather(self._told(due))
+        for operand, key in ((Operand(*one), Operand(*other)) for part in told for one, other in part["inputs"]):
+            if self.input_of.setdefault(operand, key) != key:
+                raise CalibrationError(
+                    f"{operand.module} shares its input with {key.module} on one process and not on another; leave one of them "
+                    f"out with exclude=('{key.module}',)."
+                )
+        for key in sorted({Operand(*entry["key"]) for part in told for entry in part["keys"]}, key=str):
+            mine = [next((e for e in part["keys"] if Operand(*e["key"]) == key), None) for part in told]
+            self._tokens[key] = sum(entry["tokens"] for entry in mine if entry)
+            self._share_statistics(key, [entry["statistics"] if entry else {} for entry in mine], device)
+            self._share_samples(key, [entry["samples"] if entry else [] for entry in mine], device)
+
+    def _told(self, due: Collection[Operand]) -> dict[str, Any]:
+        """What there is to be added up of some operands: names and sizes, in plain data."""
+        inputs = [(operand, key) for operand, key in self.input_of.items() if operand in due]
+        keys = []
+        for key in dict.fromkeys(key for _, key in inputs if key in due):
+            names = {name: statistic for (owner, name), statistic in self.statistics.items() if owner == key}
+            statistics = {name: [found.tokens, found.sums()[0].shape[-1]] for name, found in names.items()}
+            pieces = zip(self._numbers.get(key, []), self.samples.get(key, []), strict=True)
+            samples = [[number, *piece.shape, str(piece.dtype)] for number, piece in pieces]
+            keys.append({"key": key, "tokens": self._tokens.get(key, 0), "statistics": statistics, "samples": samples})
+        return {"inputs": inputs, "keys": keys}
+
+    def _share_statistics(self, key: Operand, told: list[dict[str, list[int]]], device: torch.device) -> None:
+        features = {name: width for part in told for name, (_, width) in part.items()}
+        for name in sorted(features):
+            statistic = self._statistic(key, name, torch.empty(0, features[name], device=device))
+            ranks.sum_(*statistic.sums())
+            statistic.tokens = sum(part[name][0] for part in told if name in part)
+
+    def _share_samples(self, key: Operand, told: list[list[list[Any]]], device: torch.device) -> None:
+        """The samples of all processes, in the order in which one process would have taken them."""
+        pieces = sorted((piece[0], owner, index) for owner, part in enumerate(told) for index, piece in enumerate(part))
+        if not pieces:
+            return
+        _, _, width, dtype = next(piece for part in told for piece in part)
+        kind = getattr(torch, dtype.removeprefix("torch."))
+        rows = sum(piece[1] for part in told for piece in part)
+        every = torch.zeros(rows, width, dtype=torch.promote_types(kind, torch.float32), device=device)
+        row = 0
+        for _, owner, index in pieces:
+            length = told[owner][index][1]
+            if owner == ranks.rank():
+                every[row : row + length] = self.samples[key][index].to(device)
+            row += length
+        ranks.sum_(every)
+        self.samples[key] = [every[:ERROR_SAMPLE].to(kind)]
 
     def tokens(self, site: Site) -> int:
         """How many tokens reached the site; 0 for an expert that none was sent to."""

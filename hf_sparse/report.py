@@ -92,6 +92,7 @@ class Report:
     versions: dict[str, str]
     seconds: float
     peak_memory_bytes: int | None  # of the process, as the system counts it
+    processes: int = 1  # that shared the work; times and memory are those of one of them
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # fields of model_cards.Evaluation, measured later
     # name of channels -> old indices in the new order: new[..., i] = dense[..., order[i]] at each of the places below
     permutations: dict[str, list[int]] = field(default_factory=dict)

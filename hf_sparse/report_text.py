@@ -55,7 +55,8 @@ def lines(report: "Report") -> Iterable[str]:
         )
     peak = report.peak_memory_bytes
     memory = "" if peak is None else f", peak memory of the process {peak / 2**20:.0f} MiB"
-    yield f"{report.seconds:.1f} s{memory}"
+    shared = f" in {report.processes} processes" if report.processes > 1 else ""
+    yield f"{report.seconds:.1f} s{shared}{memory}"
     yield from map(str, report.recoveries)
     yield from (f"note: {one_line(note, _LONGEST_LINE)}" for note in report.notes)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from hf_sparse import ranks
 from hf_sparse.allocations import BlockSize, Shares, spread, stacks
 from hf_sparse.allocations.atp import bound, ramp
 from hf_sparse.allot import block_sizes, settled
@@ -71,7 +72,7 @@ def search_(run: Run, rows: Sequence[Sample], held_out: Sequence[Sample]) -> Non
     trials = Trials(run, rows, held_out, str(options["selector"]))
     try:
         blocks = list(block_sizes(run.inventory, run.chosen).values())
-        with transformers_logging.tqdm(desc="Searching", unit="trial") as bar:
+        with transformers_logging.tqdm(desc="Searching", unit="trial", disable=not ranks.is_first()) as bar:
             found, step = _ramps(run, blocks, trials, bar)
             note, even = f"the best step of the ramp is {step:.4g}", found.scores[0.0,]
             if name == "search":

@@ -23,6 +23,10 @@ class Statistic(Protocol):
 
     def merge(self, other: "Statistic") -> None: ...
 
+    def sums(self) -> list[torch.Tensor]:
+        """The tensors that `merge` adds up, not copied: added up over processes, in place, they are those of all."""
+        ...
+
     @property
     def value(self) -> torch.Tensor: ...
 
@@ -51,6 +55,9 @@ class Norm:
     def merge(self, other: "Norm") -> None:
         self.squares += other.squares.to(self.squares.device)
         self.tokens += other.tokens
+
+    def sums(self) -> list[torch.Tensor]:
+        return [self.squares]
 
     @property
     def finite(self) -> bool:
@@ -101,6 +108,9 @@ class Gram:
         self.products += other.products.to(self.products.device)
         self.tokens += other.tokens
 
+    def sums(self) -> list[torch.Tensor]:
+        return [self.products]
+
     @property
     def finite(self) -> bool:
         # No product exceeds the larger of the two squares, and those stand on the diagonal.
@@ -123,30 +133,33 @@ class Moments:
     """Mean and variance of each input feature over all tokens, (2, in)."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(2, features, dtype=torch.float64, device=device)  # of x and of x squared
+        self.totals = torch.zeros(2, features, dtype=torch.float64, device=device)  # of x and of x squared
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
         wide = x.double()
-        self.sums += torch.stack([wide.sum(0), wide.square().sum(0)])
+        self.totals += torch.stack([wide.sum(0), wide.square().sum(0)])
         self.tokens += len(x)
 
     def merge(self, other: "Moments") -> None:
-        self.sums += other.sums.to(self.sums.device)
+        self.totals += other.totals.to(self.totals.device)
         self.tokens += other.tokens
+
+    def sums(self) -> list[torch.Tensor]:
+        return [self.totals]
 
     @property
     def finite(self) -> bool:
-        return bool(torch.isfinite(self.sums).all())
+        return bool(torch.isfinite(self.totals).all())
 
     @property
     def value(self) -> torch.Tensor:
-        mean, square = self.sums / max(self.tokens, 1)
+        mean, square = self.totals / max(self.tokens, 1)
         return torch.stack([mean, (square - mean.square()).clamp_min(0)]).float()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"sums": self.sums.clone(), "tokens": torch.tensor(self.tokens)}
+        return {"totals": self.totals.clone(), "tokens": torch.tensor(self.tokens)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.sums = state["sums"].to(self.sums, copy=True)
+        self.totals = state["totals"].to(self.totals, copy=True)
         self.tokens = int(state["tokens"])

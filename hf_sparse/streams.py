@@ -10,6 +10,7 @@ from contextlib import closing
 import torch
 from torch import nn
 
+from hf_sparse import ranks
 from hf_sparse.apply import BlockPlan, prune_block
 from hf_sparse.blocks import Block
 from hf_sparse.config import SparsityConfig
@@ -90,7 +91,7 @@ class TwoStreams:
         there = {numbers[id(arrival.call)]: arrival for arrival in ahead.waiting if arrival.operand in stage}
         streams = self._measure(stage, here, there)
         ahead.go_on(set(stage))
-        if here:
+        if any(ranks.gather(bool(here))):
             self._apply([plan for plan in self._plans.values() if operand_of(plan.site) in stage], streams)
         behind.go_on(set(stage))
         self._recorder.settle()
@@ -114,6 +115,7 @@ class TwoStreams:
                 if operand in self._enters and lost is not None and len(lost) == len(x):
                     owed = products(lost.to(x.device) / self._enters[operand].to(x.device), x)
                     debts[operand] = debts[operand] + owed if operand in debts else owed
+        drift = self._share(stage, drift, debts)
         streams: dict[str, dict[str, torch.Tensor]] = {}
         for name, plan in self._plans.items():
             operand = operand_of(plan.site)
@@ -122,6 +124,26 @@ class TwoStreams:
                 if operand in debts:
                     streams[name]["debt"] = debts[operand][stored_rows(plan.site).to(drift.device)]
         return streams
+
+    def _share(
+        self, stage: list[Operand], drift: torch.Tensor | None, debts: dict[Operand, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Make a stage's statistics those of all processes; returns the drift."""
+        if ranks.count() == 1:
+            return drift
+        device = next(self._block.module.parameters()).device
+        self._recorder.share(device, stage)
+        shapes = ranks.gather(
+            [list(found.shape) if found is not None else [] for found in (drift, *map(debts.get, stage))]
+        )
+        summed: list[torch.Tensor | None] = []
+        for position, found in enumerate((drift, *map(debts.get, stage))):
+            shape = max(part[position] for part in shapes)
+            given = torch.zeros(shape, dtype=torch.float64, device=device) if found is None and shape else found
+            summed.append(given)
+        ranks.sum_(*(given for given in summed if given is not None))
+        debts.update({operand: given for operand, given in zip(stage, summed[1:], strict=True) if given is not None})
+        return summed[0]
 
     def _apply(self, plans: list[SitePlan], streams: dict[str, dict[str, torch.Tensor]]) -> None:
         self._changing()
@@ -134,6 +156,7 @@ class TwoStreams:
         rest = [plan for name, plan in self._plans.items() if name not in self._reports]
         if not rest:
             return
+        self._recorder.share(next(self._block.module.parameters()).device)
         self._apply(rest, {})
         for call in sparse:
             call.output = None

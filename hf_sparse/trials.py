@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from hf_sparse import ranks
 from hf_sparse.allocations import Shares
 from hf_sparse.blockwise import Run, with_data
 from hf_sparse.calibrate import Kind, forward, kind_of, make_batches
@@ -19,6 +20,7 @@ from hf_sparse.data import Sample, tokens_of
 from hf_sparse.errors import CalibrationError
 from hf_sparse.evaluate import batch_loss, loss_kind
 from hf_sparse.forwards import main_tensor, norm, walk
+from hf_sparse.in_step import own_batches
 from hf_sparse.plan import needs
 from hf_sparse.snapshot import Snapshot
 
@@ -121,7 +123,12 @@ class Trials:
     def _loss(self) -> float:
         """The mean over all that is predicted in the held-out samples, each batch by its own kind of loss."""
         model = self.run.model
-        parts = [batch_loss(model, batch, loss_kind(model, batch.values)) for batch in self.held_out]
+        parts = [(0.0, 0) for _ in self.held_out]
+        for number in own_batches(self.held_out):
+            batch = self.held_out[number]
+            parts[number] = batch_loss(model, batch, loss_kind(model, batch.values))
+        totals, numbers = ranks.summed(*(total for total, _ in parts)), ranks.summed(*(float(n) for _, n in parts))
+        parts = [(total, int(number)) for total, number in zip(totals, numbers, strict=True)]
         count = sum(number for _, number in parts)
         if not count:
             return math.inf
@@ -136,12 +143,13 @@ class Trials:
             for one, other in zip(outputs, self._dense, strict=True):
                 if other.numel() and (size := norm(other)):
                     errors.append(norm(one.float() - other.float()) / size)
-        mean = sum(errors) / len(errors) if errors else math.inf
+        total, number = ranks.summed(sum(errors), len(errors))
+        mean = total / number if number else math.inf
         return mean if math.isfinite(mean) else math.inf
 
     def _outputs(self) -> Generator[torch.Tensor, None, None]:
         """The hidden states that each call of each block gives on the held-out samples, one after the other."""
-        passes = [forward(self.run.model, batch.values) for batch in self.held_out]
+        passes = [forward(self.run.model, self.held_out[number].values) for number in own_batches(self.held_out)]
         with closing(walk(self.run.inventory.blocks, passes, self.run.survey.order())) as turns:
             for calls in turns:
                 with calls[0].block.loaded(self.run.config.device):

@@ -388,6 +388,8 @@ def test_sparsify_calibrates_on_what_one_process_would(ddp: Launch, alone: Alone
     ddp.told("sparsify_stream")
     many, one = loaded(ddp.folder / "sparsify_stream" / "final"), loaded(alone("sparsify_stream")[1] / "final")
     left, right = hf_sparse.report(many).calibration, hf_sparse.report(one).calibration
+    assert left.pop("batch_size") * 2 == left["samples"]  # each process has a batch
+    right.pop("batch_size")
     assert left == right
     assert left["samples"] == STEPS * BATCH
 

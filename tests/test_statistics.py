@@ -139,7 +139,7 @@ def test_large_values_do_not_overflow_float16_and_small_ones_do_not_vanish() -> 
     assert norm(tiny).value.tolist() == [2.0**-19] * FEATURES
 
 
-@pytest.mark.parametrize(("name", "total"), [("norm", "squares"), ("gram", "products"), ("moments", "sums")])
+@pytest.mark.parametrize(("name", "total"), [("norm", "squares"), ("gram", "products"), ("moments", "totals")])
 def test_many_chunks_lose_nothing_beside_a_large_one(name: str, total: str) -> None:
     # In float32 the thousand small squares would vanish beside 1e10.
     chunks = [torch.full((1, 1), 1e5)] + [torch.ones(1, 1)] * 1000

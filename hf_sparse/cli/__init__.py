@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from hf_sparse import environment
+from hf_sparse.cli import processes
 from hf_sparse.cli.output import OutputClosed, guarded, stop_writing
 from hf_sparse.errors import HfSparseError
 from hf_sparse.text import one_line, printable
@@ -78,17 +79,27 @@ def _run(words: Sequence[str]) -> int:
     try:
         arguments = _parser().parse_args(words)  # imports torch and Transformers, which takes seconds
         try:
-            return arguments.run(arguments) or OK
-        except OutputClosed:
-            raise
-        except Exception as error:  # a missing or damaged model, a full disk: every library has errors of its own
+            with processes.group(arguments.command):
+                return _code(arguments)
+        except HfSparseError as error:  # of the group itself
             return _failed(arguments, error)
     except KeyboardInterrupt:
         print("interrupted; nothing was written to the destination.", file=sys.stderr)
         return INTERRUPTED
 
 
+def _code(arguments: argparse.Namespace) -> int:
+    try:
+        return arguments.run(arguments) or OK
+    except OutputClosed:
+        raise
+    except Exception as error:  # a missing or damaged model, a full disk: every library has errors of its own
+        return _failed(arguments, error)
+
+
 def _failed(arguments: argparse.Namespace, error: Exception) -> int:
+    if not processes.speaks(arguments.command, error):
+        return FAILED
     lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
     if not isinstance(error, HfSparseError):
         if os.environ.get("HF_SPARSE_TRACEBACK"):

@@ -1,4 +1,8 @@
-"""Prune a model and write it, with its report and card, to a folder."""
+"""Prune a model and write it, with its report and card, to a folder.
+
+Started by torchrun or `accelerate launch -m hf_sparse prune ...`, all processes share the work and the first one writes; one that is
+silent for HF_SPARSE_RANKS_TIMEOUT seconds (300) ends them all.
+"""
 
 import argparse
 import json
@@ -6,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hf_sparse import ranks
 from hf_sparse.cli.loading import add_loading, hub_options, load_model, load_processor, model_name
 from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config import SparsityConfig
@@ -117,9 +122,16 @@ def build_config(arguments: argparse.Namespace) -> SparsityConfig:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    with ranks.together():
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """What all processes do; those other than the first only prune, and wait while it measures, writes and prints."""
     config = build_config(arguments)
     sources = [model_name(arguments), arguments.config, config.calibration, arguments.evaluate]
-    check_destination(arguments.destination, arguments.overwrite, [source for source in sources if source])
+    if ranks.is_first():
+        check_destination(arguments.destination, arguments.overwrite, [source for source in sources if source])
     if arguments.evaluate and arguments.evaluate == config.calibration and not arguments.allow_same_text:
         raise ConfigError(
             f"calibration and evaluation both name {arguments.evaluate!r}; measure on other text, or give --allow-same-text."
@@ -132,8 +144,11 @@ def run(arguments: argparse.Namespace) -> None:
         "max_windows": arguments.max_windows,
         "same_text_allowed": arguments.allow_same_text,
     }
-    dense = evaluate(model, arguments.evaluate, **measuring) if arguments.evaluate else None
+    measures = arguments.evaluate and ranks.is_first()
+    dense = evaluate(model, arguments.evaluate, **measuring) if measures else None
     report = prune_(model, config, processor, tokenizer_options=hub_options(arguments))
+    if not ranks.is_first():
+        return
     if dense is not None:
         report.evaluations.append(as_evaluation(evaluate(model, arguments.evaluate, **measuring), dense))
     with complete_folder(arguments.destination, arguments.overwrite) as folder:
