@@ -38,7 +38,12 @@ def gather_sums(
 
 
 def _gather(
-    name: str, x: torch.Tensor, weight: torch.Tensor | PackedRows, rows: torch.Tensor, bias: torch.Tensor | None, width: int
+    name: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | PackedRows,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    width: int,
 ) -> torch.Tensor:
     module = kernels()
     if module is None:

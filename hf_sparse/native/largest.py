@@ -19,13 +19,19 @@ def largest(scores: torch.Tensor, count: int, size: int = 1) -> torch.Tensor:
             f"From 1 to all of the scores in each row of a float32 matrix can be chosen; given are {count} of {scores.dtype} "
             f"{tuple(scores.shape)}, standing for {size} each."
         )
+    return _outside_graphs(scores, count, size) if torch.compiler.is_compiling() else _largest(scores, count, size)
+
+
+def _largest(scores: torch.Tensor, count: int, size: int) -> torch.Tensor:
     module = kernels()
     if module is None or not scores.is_cpu:
         found = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
         return found if size == 1 else (found.unsqueeze(-1) * size + torch.arange(size, device=found.device)).flatten(1)
-    scores = scores.detach().contiguous()
+    scores = scores if scores.is_contiguous() else scores.contiguous()
     rows, units = scores.shape
-    keys = torch.empty(units, dtype=torch.int32, device="cpu")
     chosen = torch.empty(rows, count * size, dtype=torch.int64, device="cpu")
-    module.largest(address(scores), rows, units, count, size, address(keys), address(chosen))
+    module.largest(address(scores), rows, units, count, size, address(chosen))
     return chosen
+
+
+_outside_graphs = torch.compiler.disable(_largest)  # asking for it in every call takes longer than the choice

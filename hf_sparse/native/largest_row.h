@@ -1,4 +1,4 @@
-// The choice itself, compiled once per instruction set: the compiler turns its loops into vector instructions.
+// The choice itself, compiled once per instruction set, for the counting and the taking of which `Way` has its own.
 #pragma once
 
 #include <cstring>
@@ -17,12 +17,12 @@ static inline int32_t key_of(float score) {
   return score != score ? INT32_MAX : ordered;
 }
 
-static inline int64_t count_from(const int32_t* keys, int64_t units, int32_t least) {
-  int32_t found = 0;  // a row has fewer than 2^31 units
-  for (int64_t i = 0; i < units; ++i) found += keys[i] >= least ? 1 : 0;
-  return found;
+static inline int64_t* take_one(int64_t place, int64_t size, int64_t* to) {
+  for (int64_t n = 0; n < size; ++n) *to++ = place * size + n;
+  return to;
 }
 
+template <class Way>
 static inline void choose_row(const Largest& job, int64_t row) {
   const float* scores = job.scores + row * job.units;
   int32_t low = INT32_MAX, high = INT32_MIN;
@@ -35,7 +35,7 @@ static inline void choose_row(const Largest& job, int64_t row) {
   // The largest number that enough keys reach: halving where it can be is a few passes over what lies in the first cache.
   while (low < high) {
     const int32_t middle = static_cast<int32_t>((static_cast<int64_t>(low) + high + 1) >> 1);
-    const int64_t reach = count_from(job.keys, job.units, middle);
+    const int64_t reach = Way::count_from(job.keys, job.units, middle);
     if (reach >= job.count) {
       low = middle;
       if (reach == job.count) break;
@@ -43,20 +43,8 @@ static inline void choose_row(const Largest& job, int64_t row) {
       high = middle - 1;
     }
   }
-  int64_t equal = job.count - (low == INT32_MAX ? 0 : count_from(job.keys, job.units, low + 1));
-  int64_t* to = job.chosen + row * job.count * job.size;
-  const int64_t* end = to + job.count * job.size;
-  for (int64_t i = 0; i < job.units && to < end; ++i) {
-    const bool same = job.keys[i] == low;
-    const bool taken = job.keys[i] > low || (same && equal > 0);
-    equal -= same ? 1 : 0;
-    if (job.size == 1) {
-      *to = i;  // overwritten where it is not taken
-      to += taken ? 1 : 0;
-    } else if (taken) {
-      for (int64_t n = 0; n < job.size; ++n) *to++ = i * job.size + n;
-    }
-  }
+  const int64_t above = low == INT32_MAX ? 0 : Way::count_from(job.keys, job.units, low + 1);
+  Way::take(job, low, job.count - above, job.chosen + row * job.count * job.size);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <stdexcept>
+#include <vector>
 
 #include "gather.h"
 #include "kernels.h"
@@ -154,8 +155,10 @@ std::string check_packed_rows(Address masks, Address starts, int64_t values, int
 }
 
 // The lengths are those of `Largest`; `count` is at least 1 and at most `units`.
-void largest(Address scores, int64_t rows, int64_t units, int64_t count, int64_t size, Address keys, Address chosen) {
-  const Largest job{at<float>(scores), rows, units, count, size, at<int32_t>(keys), at<int64_t>(chosen)};
+void largest(Address scores, int64_t rows, int64_t units, int64_t count, int64_t size, Address chosen) {
+  thread_local std::vector<int32_t> keys;
+  if (keys.size() < static_cast<size_t>(units)) keys.resize(static_cast<size_t>(units));
+  const Largest job{at<float>(scores), rows, units, count, size, keys.data(), at<int64_t>(chosen)};
   current_set != Set::portable && processor_has(Set::avx512) ? largest_avx512(job) : largest_portable(job);
 }
 
