@@ -80,18 +80,23 @@ def _check(
     x: torch.Tensor, weight: torch.Tensor | PackedRows, rows: torch.Tensor, bias: torch.Tensor | None, x_width: int,
     bias_width: int,
 ) -> None:  # fmt: skip
-    dense = {} if isinstance(weight, PackedRows) else {"weight": weight}
-    tensors = {"x": x, **dense, "rows": rows} | ({} if bias is None else {"bias": bias})
-    wrong = [name for name, tensor in tensors.items() if tensor.device.type != "cpu" or not tensor.is_contiguous()]
-    kinds = x.dtype in DTYPES and all(one.dtype == x.dtype for one in dense.values()) and rows.dtype == torch.int64
-    shapes = (
-        len(weight.shape) == rows.dim() == x.dim() == 2
-        and x.shape == (len(rows), x_width)
-        and (bias is None or (bias.shape == (bias_width,) and bias.dtype == x.dtype))
+    dense = () if isinstance(weight, PackedRows) else (weight,)
+    given = (x, rows, *dense) if bias is None else (x, rows, *dense, bias)
+    if (
+        x.dtype in DTYPES
+        and rows.dtype is torch.int64
+        and all(tensor.is_cpu and tensor.is_contiguous() for tensor in given)
+        and all(tensor.dtype is x.dtype for tensor in dense)
+        and len(weight.shape) == rows.dim() == x.dim() == 2
+        and x.shape == (rows.shape[0], x_width)
+        and (bias is None or (bias.shape == (bias_width,) and bias.dtype is x.dtype))
+    ):
+        return
+    named = {"x": x, "rows": rows} | ({} if isinstance(weight, PackedRows) else {"weight": weight})
+    named |= {} if bias is None else {"bias": bias}
+    wrong = [name for name, tensor in named.items() if not (tensor.is_cpu and tensor.is_contiguous())]
+    told = ", ".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in named.items())
+    raise KernelError(
+        f"Rows are gathered from a contiguous matrix of bfloat16 or float32 on the CPU, with inputs of its dtype and int64 rows for "
+        f"each token; given are {told}{', not contiguous or elsewhere: ' + ', '.join(wrong) if wrong else ''}."
     )
-    if wrong or not kinds or not shapes:
-        told = ", ".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise KernelError(
-            f"Rows are gathered from a contiguous matrix of bfloat16 or float32 on the CPU, with inputs of its dtype and int64 rows for "
-            f"each token; given are {told}{', not contiguous or elsewhere: ' + ', '.join(wrong) if wrong else ''}."
-        )

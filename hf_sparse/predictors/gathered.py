@@ -10,15 +10,28 @@ from torch import nn
 from hf_sparse.errors import ConfigError
 from hf_sparse.families import find_sites
 from hf_sparse.native.largest import largest
+from hf_sparse.native.layout import STRIPE_ROWS
 from hf_sparse.predictors.criteria import Scores
 from hf_sparse.predictors.masked import Masked, check_ready, switched_on
 from hf_sparse.predictors.networks import TELLS, GateFirst, Oracle, Predictor
-from hf_sparse.predictors.rows import Rows, dots, in_rows, in_runs, is_packed, rows_of_mask, sums, transposed, whole
+from hf_sparse.predictors.rows import (
+    Rows,
+    counted_from,
+    dots,
+    in_rows,
+    in_runs,
+    is_packed,
+    rows_of_mask,
+    stripe_dots,
+    stripes_of,
+    sums,
+    transposed,
+    whole,
+)
 from hf_sparse.predictors.select import Selection, top
-from hf_sparse.predictors.skipping import Feed, Heads
+from hf_sparse.predictors.skipping import Feed, Forward, Heads, replaced
 from hf_sparse.predictors.units import BlockUnits, activation_of
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
 LEAST_WEIGHTS = 1 << 18  # of a query or output projection: a smaller one is done before its rows are put together
 
 
@@ -45,22 +58,13 @@ def gathered(
         for prepared in running.prepared():
             stack.enter_context(prepared)
         for module, forward in running.forwards():
-            stack.enter_context(_replaced(module, forward))
+            stack.enter_context(replaced(module, forward))
         yield running
 
 
 def large(module: nn.Linear) -> bool:
     """Whether a projection of heads takes longer than putting together which parts of it are computed."""
     return module.in_features * module.out_features >= LEAST_WEIGHTS
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
-    module.forward = torch.compiler.disable(forward)  # the choices of a token are not known when a graph is made
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 class Gathered(Masked):
@@ -72,6 +76,7 @@ class Gathered(Masked):
         super().__init__(model, predictor, selection, every, "dense")
         sites = find_sites(model).sites
         self._rows: dict[tuple[int, str], Rows] = {}  # of this pass
+        self._striped: dict[int, torch.Tensor] = {}  # of this pass, the neurons' rows as stripes
         self._gathers = False
         self._counts: tuple[Selection | None, dict[str, tuple[int, ...]]] = None, {}  # kept by a selection
         self._up_first: set[int] = set()  # blocks of this pass whose `up` was computed before the gate had chosen
@@ -93,13 +98,25 @@ class Gathered(Masked):
             module
             for feed in self.feeds.values()
             for module in feed.starts
-            if not feed.fills_stripes(module, self.layout.neuron_block) and not self._is_whole(feed, module)
+            if not self._by_stripes(feed, module) and not self._is_whole(feed, module)
         ]
         queries = [heads for heads in self.attentions.values() if self._cuts_query(heads) and not heads.fills_stripes]
         rows += [heads.q for heads in queries if heads.q is not None]
         for module in dict.fromkeys(rows):
             if is_packed(module):  # dense rows can be read as they lie
                 yield in_rows(module, columns=False)
+
+    def _by_stripes(self, feed: Feed, module: nn.Linear) -> bool:
+        by_gate = (
+            isinstance(self.predictor, GateFirst) and feed.fused
+        )  # which takes the gate's rows and the others apart
+        return is_packed(module) and not by_gate and feed.fills_stripes(module, self.layout.neuron_block)
+
+    def _stripes(self, position: int, rows: Rows) -> torch.Tensor:
+        """The same for gate and up."""
+        if position not in self._striped:
+            self._striped[position] = stripes_of(rows.indices)
+        return self._striped[position]
 
     def _is_whole(self, feed: Feed, module: nn.Linear) -> bool:
         return isinstance(self.predictor, GateFirst) and module is feed.gate and not feed.fused
@@ -128,6 +145,7 @@ class Gathered(Masked):
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         super()._begin(module, args, kwargs)
         self._rows.clear()
+        self._striped.clear()
         self._up_first.clear()
         given = [kwargs.get(name) for name in ("input_ids", "inputs_embeds")] + list(args[:1])
         tokens = next((value for value in given if value is not None), None)
@@ -178,14 +196,17 @@ class Gathered(Masked):
     # ------------------------------------------------------------------------------------------------ neurons
 
     def _first_rows(self, position: int, module: nn.Linear, starts: list[int]) -> Forward:
+        stripes = self._by_stripes(self.feeds[position], module)
+        firsts = [start // STRIPE_ROWS for start in starts]
+
         def forward(x: torch.Tensor) -> torch.Tensor:
             rows = self._neurons(position)
             if rows is None:
                 self._up_first.add(position)
                 return whole(module, x)
-            return dots(
-                module, x, torch.cat([rows.indices + start for start in starts], 1) if starts != [0] else rows.indices
-            )
+            if stripes:
+                return stripe_dots(module, x, counted_from(self._stripes(position, rows), firsts))
+            return dots(module, x, counted_from(rows.indices, starts))
 
         return forward
 
@@ -252,13 +273,17 @@ class Gathered(Masked):
         return lambda module, args: None if cut and self._gathers else change(module, args)
 
     def _query(self, position: int, heads: Heads, module: nn.Linear) -> Forward:
+        stripes = is_packed(module) and heads.fills_stripes
+
         def forward(x: torch.Tensor) -> torch.Tensor:
             rows = self._heads(position)
             if rows is None:
                 return whole(module, x)
             indices = heads.q_rows[rows.indices]
-            indices = torch.cat([indices, heads.others.expand(len(indices), -1)], 1)
-            products = dots(module, x, indices).view(len(indices), -1)
+            if heads.others.numel():
+                indices = torch.cat([indices, heads.others.expand(len(indices), -1)], 1)
+            products = stripe_dots(module, x, stripes_of(indices)) if stripes else dots(module, x, indices)
+            products = products.view(len(indices), -1)
             spread = products.new_zeros(len(indices), module.out_features).scatter_(1, indices, products)
             return spread.view(*x.shape[:-1], -1)
 

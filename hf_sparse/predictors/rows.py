@@ -44,6 +44,11 @@ def in_runs(rows: Rows, size: int) -> Rows:
     return Rows(channels, None if rows.real is None else rows.real.repeat_interleave(size, -1))
 
 
+def counted_from(chosen: torch.Tensor, starts: list[int]) -> torch.Tensor:
+    """What is chosen (tokens, count), counted from each of some places: (tokens, count * places)."""
+    return chosen if starts == [0] else torch.cat([chosen + start for start in starts], 1)
+
+
 def fill_stripes(rows: torch.Tensor) -> bool:
     """Whether rows are whole stripes of the packed layout, one after another."""
     if len(rows) % STRIPE_ROWS:
@@ -62,24 +67,30 @@ def is_packed(module: nn.Linear) -> bool:
 
 
 def dots(module: nn.Linear, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Outputs of a Linear for the rows (tokens, count) of its weight: (..., count).
-
-    Of a weight on sparse kernels that is not held in rows, the rows `fill_stripes`.
-    """
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    weight = _weight(module)
-    if isinstance(weight, Packed):
-        products = _stripes(flat, weight, rows, module.bias)
-    else:
-        products = gather_dots(flat, weight, rows, module.bias)
+    """Outputs of a Linear for the rows (tokens, count) of its weight, which is dense or `in_rows`: (..., count)."""
+    flat = x.view(1, -1) if len(rows) == 1 else x.reshape(len(rows), -1).contiguous()
+    products = gather_dots(flat, _rows_of(module), rows, module.bias)
     return products.view(*x.shape[:-1], rows.shape[1])
 
 
-def _stripes(x: torch.Tensor, packed: Packed, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    stripes = rows[:, ::STRIPE_ROWS] >> 4
-    chosen = [None if bias is None else bias[one] for one in rows]
-    products = [matmul_selected(x[at : at + 1], packed, stripes[at], chosen[at]) for at in range(len(x))]
-    return products[0] if len(products) == 1 else torch.cat(products)
+def stripes_of(rows: torch.Tensor) -> torch.Tensor:
+    """Rows that `fill_stripes`, as numbers of stripes: (tokens, count / 16)."""
+    return rows[:, ::STRIPE_ROWS] // STRIPE_ROWS
+
+
+def stripe_dots(module: nn.Linear, x: torch.Tensor, stripes: torch.Tensor) -> torch.Tensor:
+    """Outputs of a Linear on sparse kernels for the stripes (tokens, count) of its weight: (..., count * 16)."""
+    packed: Packed = module._held["weight"].packed  # type: ignore[union-attr, index]
+    if len(stripes) == 1:
+        return matmul_selected(x, packed, stripes[0], _bias(module, stripes[0]))
+    flat = x.reshape(len(stripes), -1)
+    products = [matmul_selected(one, packed, chosen, _bias(module, chosen)) for one, chosen in zip(flat, stripes)]
+    return torch.stack(products).view(*x.shape[:-1], -1)
+
+
+def _bias(module: nn.Linear, stripes: torch.Tensor) -> torch.Tensor | None:
+    bias = module.bias
+    return None if bias is None else bias.view(-1, STRIPE_ROWS)[stripes].view(-1)
 
 
 def sums(module: nn.Linear, x: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -87,20 +98,18 @@ def sums(module: nn.Linear, x: torch.Tensor, rows: Rows) -> torch.Tensor:
 
     Its weight is `transposed`, or `in_rows` so.
     """
-    flat = x.reshape(len(rows.indices), -1).contiguous()
+    flat = x.reshape(len(rows.indices), -1)
+    flat = flat if flat.is_contiguous() else flat.contiguous()
     if rows.real is not None:
         flat = flat.masked_fill(~rows.real, 0)
-    weight = _weight(module)
-    columns = weight if isinstance(weight, PackedRows) else weight.t()  # type: ignore[union-attr]
+    columns = _rows_of(module)
+    columns = columns.t() if isinstance(columns, torch.Tensor) else columns
     out = gather_sums(flat, columns, rows.indices, module.bias)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
-def _weight(module: nn.Linear) -> torch.Tensor | Packed | PackedRows:
-    if not isinstance(module, SparseModule):
-        return module.weight
-    form = module._held["weight"]
-    return form.rows if isinstance(form, RowsForm) else form.packed  # type: ignore[attr-defined]
+def _rows_of(module: nn.Linear) -> torch.Tensor | PackedRows:
+    return module._held["weight"].rows if isinstance(module, SparseModule) else module.weight  # type: ignore[attr-defined, no-any-return]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The modules of one block that compute chosen rows only: which they are, and what of them cannot be left out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hf_sparse.runtime.forms import PackedForm
 from hf_sparse.runtime.modules import SparseLinear
 from hf_sparse.sites import Site, stored_rows
 
+Forward = Callable[[torch.Tensor], torch.Tensor]
 _OTHERWISE = "hf_sparse.predictors.masked runs it exactly, without saving time."
 
 
@@ -120,3 +122,13 @@ def _common(paths: list[list[str]]) -> str:
     while all(len(path) > length and path[length] == paths[0][length] for path in paths):
         length += 1
     return ".".join(paths[0][:length])
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
+    """Inside, a module does something else."""
+    module.forward = torch.compiler.disable(forward)  # the choices of a token are not known when a graph is made
+    try:
+        yield
+    finally:
+        del module.forward
