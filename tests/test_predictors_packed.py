@@ -61,7 +61,7 @@ def forms(model: Any) -> dict[str, type]:
     return {name: type(form) for name, module in sparse_modules(model) for form in module._held.values()}
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("pattern", ["2:4", pytest.param("unstructured", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("neuron_block", [1, 16])
 @pytest.mark.parametrize(
     ("family", "kind"),
