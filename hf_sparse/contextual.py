@@ -20,7 +20,7 @@ from hf_sparse.predictors import saving
 from hf_sparse.predictors.criteria import criterion_of
 from hf_sparse.predictors.gathered import gathered
 from hf_sparse.predictors.layout import Layout
-from hf_sparse.predictors.masked import masked
+from hf_sparse.predictors.masked import masked, runs_now
 from hf_sparse.predictors.networks import Predictor, kind_of
 from hf_sparse.predictors.recording import record
 from hf_sparse.predictors.saving import Saved
@@ -123,6 +123,24 @@ def predictors_disabled(model: Any) -> Iterator[None]:
         yield
     finally:
         _switch_on(checkpoint.unwrap(model), carried)
+
+
+@contextmanager
+def predictors_paused(model: nn.Module, doing: str) -> Iterator[None]:
+    """Inside, predictors that a model carries are off, for work on the matrices that they read; models without any stay as they are.
+
+    Raises: ModelError for predictors that a `with` of `gathered` holds; `doing` says what cannot be done meanwhile.
+    """
+    carried = carried_by(model)
+    if carried is not None and runs_now(model):
+        with predictors_disabled(model):
+            yield
+        return
+    if runs_now(model) == "gathered":
+        raise ModelError(
+            f"predictors read the model's matrices, so it cannot {doing}; leave the `with` of gathered first."
+        )
+    yield
 
 
 def _switch_on(model: Any, carried: Carried) -> None:

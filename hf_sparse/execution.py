@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_sparse import checkpoint, native
+from hf_sparse.contextual import predictors_paused
 from hf_sparse.errors import ConfigError, ModelError, unknown
 from hf_sparse.families import find_sites
 from hf_sparse.runtime import Form, hold_, release_, semi_structured, sparse_modules, why_not_module
@@ -37,13 +38,19 @@ def use_sparse_kernels_(
     packed in bfloat16. Float32 weights are packed only where that loses nothing, or with `round_weights=True`, which rounds them for
     good. On a GPU, 2:4 matrices use torch's semi-structured kernels. What is packed can be run, compiled, copied and saved, as plain
     weights with zeros, but not trained; `use_dense_kernels_` is the way back. On a model that already runs sparse, only what is still
-    dense is looked at.
+    dense is looked at. Predictors that the model carries stay on, and then leave out work of the packed matrices.
 
-    Raises: ConfigError for an unknown choice or impossible numbers of tokens; ModelError for quantized models, or sharded ones.
+    Raises: ConfigError for an unknown choice or impossible numbers of tokens; ModelError for quantized models, sharded ones, and
+        inside a `with` of `gathered`.
     """
     model = checkpoint.unwrap(model)
     wanted = _wanted(choose, tokens, round_weights, model)
     _check(model)
+    with predictors_paused(model, "get sparse kernels"):
+        return _held(model, wanted, round_weights)
+
+
+def _held(model: nn.Module, wanted: "_Wanted", round_weights: bool) -> KernelTable:
     choices, rows = Choices(), []
     inventory = find_sites(model)
     try:
@@ -107,9 +114,10 @@ def use_dense_kernels_(model: nn.Module) -> nn.Module:
     The parameters are new objects: make optimizers afterwards.
     """
     inner = checkpoint.unwrap(model)
-    unguard_(inner)
-    for _, module in list(sparse_modules(inner)):
-        release_(module)
+    with predictors_paused(inner, "get dense kernels"):
+        unguard_(inner)
+        for _, module in list(sparse_modules(inner)):
+            release_(module)
     return model
 
 

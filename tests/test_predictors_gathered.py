@@ -10,7 +10,6 @@ from predictor_cases import made, small_llama
 from test_predictors_masked import ALL, HALF, logits, untrained
 from transformers import DynamicCache
 
-from hf_sparse import SparsityConfig, prune_, use_dense_kernels_, use_sparse_kernels_
 from hf_sparse.errors import ConfigError, ModelError
 from hf_sparse.predictors import gathered as ways
 from hf_sparse.predictors.gathered import gathered
@@ -155,9 +154,13 @@ def test_rows_that_are_left_out_are_not_read(family: str, kind: str, tmp_path: P
 
 
 def spoil(model: Any, running: Any, position: int, gate: bool) -> None:
-    block, masks = running.units[position], running.masks[position]
-    neurons = running.layout.expand(masks.neurons, block.neurons).flatten()
-    channels = masks.heads.flatten().repeat_interleave(block.head_size)
+    block = running.units[position]
+    neurons, channels = (
+        torch.zeros(block.neurons, dtype=torch.bool),
+        torch.zeros(block.heads * block.head_size, dtype=torch.bool),
+    )
+    neurons[running._rows[position, "neurons"].indices[0]] = True
+    channels[running._rows[position, "heads"].indices[0]] = True
     for site, kept in ((block.down, neurons), (block.o, channels)):
         module_of(model, site).weight[:, ~kept] = float("nan")
     for site in (block.up, block.gate if gate else None):
@@ -281,15 +284,3 @@ def test_norms_over_all_neurons_or_heads(tmp_path: Path) -> None:
     model.get_submodule(block.down.module.rpartition(".")[0]).norm = torch.nn.LayerNorm(block.neurons)
     with pytest.raises(ModelError, match="a norm over all of them"), gathered(model, predictor, HALF):
         pass
-
-
-def test_sparse_kernels_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    model = small_llama().bfloat16()
-    prune_(model, SparsityConfig(metric="magnitude", pattern="2:4"))
-    predictor = untrained(model, tmp_path)
-    use_sparse_kernels_(model, choose="always")
-    with pytest.raises(ModelError, match="use_dense_kernels_"), gathered(model, predictor, HALF):
-        pass
-    use_dense_kernels_(model)
-    with gathered(model, predictor, HALF):
-        decoded(model, token_rows(1, 6))

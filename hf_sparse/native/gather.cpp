@@ -52,8 +52,11 @@ struct Portable {
   }
 };
 
-Gathering chosen(Set set, bool single_precision) {
-  return set != Set::portable && processor_has(Set::avx512) ? avx512_gathering(single_precision) : portable_gathering(single_precision);
+Gathering chosen(const Gather& gather, Set set, bool single_precision) {
+  if (set == Set::portable || !processor_has(Set::avx512)) {
+    return gather.masks ? portable_packed_gathering(single_precision) : portable_gathering(single_precision);
+  }
+  return gather.masks ? avx512_packed_gathering(single_precision) : avx512_gathering(single_precision);
 }
 
 // Divides `size` rows or columns of each token into parts, and those among threads.
@@ -79,13 +82,13 @@ Gathering portable_gathering(bool single_precision) {
 }
 
 void gather_dots(const Gather& gather, Set set, bool single_precision, int threads) {
-  const Gathering by = chosen(set, single_precision);
+  const Gathering by = chosen(gather, set, single_precision);
   in_parts(gather, gather.count, rows_in_a_part, threads,
            [&](int64_t token, int64_t first, int64_t last) { by.dots(gather, token, first, last); });
 }
 
 void gather_sums(const Gather& gather, Set set, bool single_precision, int threads) {
-  const Gathering by = chosen(set, single_precision);
+  const Gathering by = chosen(gather, set, single_precision);
   // As few parts as threads, where they fit: a row is best read in one go.
   const int64_t each = (gather.columns + threads - 1) / (threads > 1 ? threads : 1) + columns_of_a_line - 1;
   const int64_t part = std::min(each / columns_of_a_line * columns_of_a_line, most_columns);

@@ -1,4 +1,4 @@
-// Products with only some rows of a dense matrix, chosen for each token: nothing is copied, the other rows are not read.
+// Products with only some rows of a matrix, chosen for each token: nothing is copied, the other rows are not read.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,8 @@
 
 namespace hf_sparse {
 
-// Weights (rows, columns), row after row, in bfloat16 or float32, as inputs and outputs are.
+// Weights (rows, columns), row after row, in bfloat16 or float32, as inputs and outputs are; with masks the non-zeros of packed rows
+// (rows.h), in bfloat16 whatever the inputs are.
 struct Gather {
   const void* weights;
   int64_t columns;
@@ -16,6 +17,8 @@ struct Gather {
   const void* inputs;
   const void* bias;  // or null
   void* outputs;
+  const uint32_t* masks;  // (rows, words), or null
+  const int64_t* starts;  // (rows + 1), with masks
 };
 
 constexpr int64_t most_columns = 2048;  // in a part: their sums stay in the first cache
@@ -28,6 +31,8 @@ struct Gathering {
 
 Gathering portable_gathering(bool single_precision);
 Gathering avx512_gathering(bool single_precision);
+Gathering portable_packed_gathering(bool single_precision);
+Gathering avx512_packed_gathering(bool single_precision);
 
 // outputs (tokens, count) = the selected rows times inputs (tokens, columns), plus the bias (rows) of those rows
 void gather_dots(const Gather& gather, Set set, bool single_precision, int threads);

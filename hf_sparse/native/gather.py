@@ -1,20 +1,22 @@
-"""Products with some rows of a dense matrix, chosen for each token; the other rows are not read."""
+"""Products with some rows of a matrix, dense or packed, chosen for each token; the other rows are not read."""
 
 import torch
 
 from hf_sparse.errors import KernelError
 from hf_sparse.native.addresses import address
 from hf_sparse.native.binary import kernels
+from hf_sparse.native.rows import PackedRows
 
 DTYPES = (torch.bfloat16, torch.float32)
 
 
 def gather_dots(
-    x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor | PackedRows, rows: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x (tokens, in) times the rows of a weight (out, in) that `rows` (tokens, count) names for each token: (tokens, count).
 
-    The bias (out) is added. x, weight and bias are bfloat16 or float32 on the CPU, contiguous; rows are int64.
+    The bias (out) is added. x, weight and bias are bfloat16 or float32 on the CPU, contiguous; rows are int64. Of packed rows only the
+    non-zeros are read; they are bfloat16, whatever x is.
 
     Raises: KernelError for anything else, and for rows that the weight does not have.
     """
@@ -23,7 +25,7 @@ def gather_dots(
 
 
 def gather_sums(
-    x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor, weight: torch.Tensor | PackedRows, rows: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The sum of the rows of a weight (in, out) that `rows` (tokens, count) names, each times its number in x: (tokens, out).
 
@@ -36,15 +38,24 @@ def gather_sums(
 
 
 def _gather(
-    name: str, x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, width: int
+    name: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | PackedRows,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    width: int,
 ) -> torch.Tensor:
     module = kernels()
     if module is None:
-        return _slowly(name, x, weight, rows, bias)
+        return _slowly(name, x, weight.unpack() if isinstance(weight, PackedRows) else weight, rows, bias)
+    if isinstance(weight, PackedRows):
+        masks, starts, values = weight.addresses()
+    else:
+        masks, starts, values = 0, 0, address(weight)
     out = torch.empty(len(x), width, dtype=x.dtype, device="cpu")
     try:
         getattr(module, name)(
-            address(weight), *weight.shape, address(rows), rows.shape[1], len(x), address(x),
+            values, masks, starts, *weight.shape, address(rows), rows.shape[1], len(x), address(x),
             0 if bias is None else address(bias), address(out), x.dtype == torch.float32, torch.get_num_threads(),
         )  # fmt: skip
     except ValueError as error:
@@ -66,19 +77,26 @@ def _slowly(
 
 
 def _check(
-    x: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None, x_width: int, bias_width: int
-) -> None:
-    tensors = {"x": x, "weight": weight, "rows": rows} | ({} if bias is None else {"bias": bias})
-    wrong = [name for name, tensor in tensors.items() if tensor.device.type != "cpu" or not tensor.is_contiguous()]
-    kinds = x.dtype in DTYPES and weight.dtype == x.dtype and rows.dtype == torch.int64
-    shapes = (
-        weight.dim() == rows.dim() == x.dim() == 2
-        and x.shape == (len(rows), x_width)
-        and (bias is None or (bias.shape == (bias_width,) and bias.dtype == x.dtype))
+    x: torch.Tensor, weight: torch.Tensor | PackedRows, rows: torch.Tensor, bias: torch.Tensor | None, x_width: int,
+    bias_width: int,
+) -> None:  # fmt: skip
+    dense = () if isinstance(weight, PackedRows) else (weight,)
+    given = (x, rows, *dense) if bias is None else (x, rows, *dense, bias)
+    if (
+        x.dtype in DTYPES
+        and rows.dtype is torch.int64
+        and all(tensor.is_cpu and tensor.is_contiguous() for tensor in given)
+        and all(tensor.dtype is x.dtype for tensor in dense)
+        and len(weight.shape) == rows.dim() == x.dim() == 2
+        and x.shape == (rows.shape[0], x_width)
+        and (bias is None or (bias.shape == (bias_width,) and bias.dtype is x.dtype))
+    ):
+        return
+    named = {"x": x, "rows": rows} | ({} if isinstance(weight, PackedRows) else {"weight": weight})
+    named |= {} if bias is None else {"bias": bias}
+    wrong = [name for name, tensor in named.items() if not (tensor.is_cpu and tensor.is_contiguous())]
+    told = ", ".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in named.items())
+    raise KernelError(
+        f"Rows are gathered from a contiguous matrix of bfloat16 or float32 on the CPU, with inputs of its dtype and int64 rows for "
+        f"each token; given are {told}{', not contiguous or elsewhere: ' + ', '.join(wrong) if wrong else ''}."
     )
-    if wrong or not kinds or not shapes:
-        told = ", ".join(f"{name} {tensor.dtype} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise KernelError(
-            f"Rows are gathered from a contiguous matrix of bfloat16 or float32 on the CPU, with inputs of its dtype and int64 rows for "
-            f"each token; given are {told}{', not contiguous or elsewhere: ' + ', '.join(wrong) if wrong else ''}."
-        )

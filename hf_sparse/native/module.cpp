@@ -5,11 +5,14 @@
 
 #include <atomic>
 #include <stdexcept>
+#include <vector>
 
 #include "gather.h"
 #include "kernels.h"
+#include "largest.h"
 #include "memory.h"
 #include "pack.h"
+#include "rows.h"
 #include "stored.h"
 
 namespace nb = nanobind;
@@ -118,12 +121,45 @@ void check_rows(const Gather& gather, int64_t rows) {
   }
 }
 
+// `masks` and `starts` are those of packed rows, or 0.
 template <void (*gathered)(const Gather&, Set, bool, int)>
-void gather(Address weights, int64_t rows, int64_t columns, Address selected, int64_t count, int64_t tokens, Address inputs,
-            Address bias, Address outputs, bool single_precision, int threads) {
-  const Gather all{at<void>(weights), columns, at<int64_t>(selected), count, tokens, at<void>(inputs), at<void>(bias), at<void>(outputs)};
+void gather(Address weights, Address masks, Address starts, int64_t rows, int64_t columns, Address selected, int64_t count,
+            int64_t tokens, Address inputs, Address bias, Address outputs, bool single_precision, int threads) {
+  const Gather all{at<void>(weights), columns,          at<int64_t>(selected), count,        tokens, at<void>(inputs),
+                   at<void>(bias),    at<void>(outputs), at<uint32_t>(masks), at<int64_t>(starts)};
   check_rows(all, rows);
   gathered(all, current_set, single_precision, threads);
+}
+
+void measure_packed_rows(Address weights, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, Address starts,
+                         int threads) {
+  checked_shape(rows, columns);
+  measure_rows(Matrix{at<uint16_t>(weights), row_stride, column_stride}, rows, columns, at<int64_t>(starts), threads);
+}
+
+bool fill_packed_rows(Address weights, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, Address masks,
+                      Address starts, Address values, int threads) {
+  checked_shape(rows, columns);
+  return fill_rows(Matrix{at<uint16_t>(weights), row_stride, column_stride}, rows, columns, at<uint32_t>(masks), at<int64_t>(starts),
+                   at<uint16_t>(values), threads);
+}
+
+void unpack_packed_rows(Address masks, Address starts, Address values, int64_t rows, int64_t columns, Address weights, int threads) {
+  checked_shape(rows, columns);
+  unpack_rows(PackedRows{at<uint32_t>(masks), at<int64_t>(starts), at<uint16_t>(values)}, rows, columns, at<uint16_t>(weights), threads);
+}
+
+std::string check_packed_rows(Address masks, Address starts, int64_t values, int64_t rows, int64_t columns, int threads) {
+  checked_shape(rows, columns);
+  return trouble_in_rows(PackedRows{at<uint32_t>(masks), at<int64_t>(starts), nullptr}, rows, columns, values, threads);
+}
+
+// The lengths are those of `Largest`; `count` is at least 1 and at most `units`.
+void largest(Address scores, int64_t rows, int64_t units, int64_t count, int64_t size, Address chosen) {
+  thread_local std::vector<int32_t> keys;
+  if (keys.size() < static_cast<size_t>(units)) keys.resize(static_cast<size_t>(units));
+  const Largest job{at<float>(scores), rows, units, count, size, keys.data(), at<int64_t>(chosen)};
+  current_set != Set::portable && processor_has(Set::avx512) ? largest_avx512(job) : largest_portable(job);
 }
 
 }  // namespace
@@ -151,5 +187,10 @@ NB_MODULE(_kernels, module) {
   }, Unlocked());
   module.def("gather_dots", &gather<gather_dots>, Unlocked());
   module.def("gather_sums", &gather<gather_sums>, Unlocked());
+  module.def("measure_packed_rows", &measure_packed_rows, Unlocked());
+  module.def("fill_packed_rows", &fill_packed_rows, Unlocked());
+  module.def("unpack_packed_rows", &unpack_packed_rows, Unlocked());
+  module.def("check_packed_rows", &check_packed_rows, Unlocked());
+  module.def("largest", &largest, Unlocked());
   module.def("advise_large_pages", [](Address memory, int64_t bytes) { advise_large_pages(at<void>(memory), bytes); });
 }

@@ -36,26 +36,31 @@ def matmul(
     return out
 
 
-def matmul_selected(x: torch.Tensor, packed: Packed, stripes: torch.Tensor) -> torch.Tensor:
+def matmul_selected(
+    x: torch.Tensor, packed: Packed, stripes: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Only the outputs of the given stripes (int64 indices of 16 rows each), in their order: (..., 16 * len(stripes)).
 
-    Rows that fill up the last stripe give zeros.
+    Rows that fill up the last stripe give zeros. `bias` is that of the selected rows (16 * len(stripes)), and is added.
     """
     x = checked_input(x, packed.shape)
     if stripes.dtype != torch.int64 or stripes.dim() != 1 or stripes.device.type != "cpu":
         given = f"{stripes.dtype} on {stripes.device} with shape {tuple(stripes.shape)}"
         raise KernelError(f"Stripes are selected by a 1-D tensor of int64 on the CPU; given is {given}.")
     stripes, weight = stripes.contiguous(), packed.addresses()
+    if bias is not None:
+        check_bias(bias, x, len(stripes) * STRIPE_ROWS)
     module = kernels()
     if module is None:
         torch_path.say_slow(why_not())
-        return select_slowly(x, packed, stripes)
+        found = select_slowly(x, packed, stripes)
+        return found if bias is None else found + bias
     out = x.new_empty((*x.shape[:-1], len(stripes) * STRIPE_ROWS))
     if out.numel():
         try:
             module.product(
-                *weight, *packed.shape, address(stripes), len(stripes), address(x), x.numel() // packed.shape[1], 0,
-                address(out), x.dtype is torch.float32, torch.get_num_threads(),
+                *weight, *packed.shape, address(stripes), len(stripes), address(x), x.numel() // packed.shape[1],
+                0 if bias is None else address(bias), address(out), x.dtype is torch.float32, torch.get_num_threads(),
             )  # fmt: skip
         except ValueError as error:
             raise KernelError(f"{error}.") from None

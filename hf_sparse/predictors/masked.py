@@ -14,11 +14,12 @@ from hf_sparse.errors import ConfigError, ModelError, unknown
 from hf_sparse.forwards import main_tensor
 from hf_sparse.predictors.criteria import Scores, criterion_of
 from hf_sparse.predictors.networks import GateFirst, Oracle, Predictor
+from hf_sparse.predictors.running import as_run
 from hf_sparse.predictors.select import Selection
 from hf_sparse.predictors.units import BlockUnits, activation_of, module_of
 from hf_sparse.predictors.watch import Scorer, rows_of
 
-_MARK = "_hf_sparse_predicted"
+_MARK = "_hf_sparse_predicted"  # on a model: how predictors run on it now
 _NOTHING = Scores(None, None)  # nothing is skipped
 
 
@@ -57,15 +58,20 @@ def check_ready(model: nn.Module, refresh_every: int) -> None:
         raise ModelError(
             "predictors do not run in training mode, their choices have no gradient; call model.eval() first."
         )
-    if getattr(model, _MARK, False):
+    if runs_now(model):
         raise ModelError("predictors are already on; leave the first `with` before another.")
+
+
+def runs_now(model: nn.Module) -> str:
+    """ "masked" or "gathered" where predictors are on; empty where not."""
+    return str(getattr(model, _MARK, ""))
 
 
 @contextmanager
 def switched_on(running: "Masked") -> Iterator[None]:
     """The hooks of a way of running, for as long as the block lasts."""
     handles, model = list(running.hooks()), running.model
-    setattr(model, _MARK, True)
+    setattr(model, _MARK, running.name)
     own = getattr(model, "_reorder_cache", None)  # what `generate` calls, if it is there, when beams change places
     object.__setattr__(model, "_reorder_cache", partial(running.reorder, own))
     try:
@@ -80,12 +86,17 @@ def switched_on(running: "Masked") -> Iterator[None]:
 class Masked:
     """What is known during one pass of the model: where its tokens stand, and the masks of every block."""
 
+    name = "masked"
+
     def __init__(
         self, model: nn.Module, predictor: Predictor, selection: Selection, every: int, prompt: str,
         softness: float | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.predictor, self.selection = model, predictor.to(_device(model)), selection
-        self.layout = predictor.layout
+        predictor = predictor.to(_device(model))
+        self.model, self.selection, self.layout = model, selection, predictor.layout
+        self.predictor = (
+            predictor if softness is not None else as_run(predictor, model)
+        )  # one that learns stays as it is
         self.units = self.layout.units(model)
         self.masks: dict[int, Scores] = {}  # position in the layout -> masks of the last pass
         self.scores: dict[int, Scores] = {}  # what they were chosen by

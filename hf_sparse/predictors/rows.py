@@ -7,9 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hf_sparse.native import available
+from hf_sparse.native import Packed, available, matmul_selected
 from hf_sparse.native.gather import gather_dots, gather_sums
+from hf_sparse.native.layout import STRIPE_ROWS
 from hf_sparse.native.packed import new
+from hf_sparse.native.rows import PackedRows
+from hf_sparse.runtime import SparseModule
+from hf_sparse.runtime.modules import hold_form
+from hf_sparse.runtime.row_forms import RowsForm
 
 
 class Rows(NamedTuple):
@@ -39,24 +44,78 @@ def in_runs(rows: Rows, size: int) -> Rows:
     return Rows(channels, None if rows.real is None else rows.real.repeat_interleave(size, -1))
 
 
+def counted_from(chosen: torch.Tensor, starts: list[int]) -> torch.Tensor:
+    """What is chosen (tokens, count), counted from each of some places: (tokens, count * places)."""
+    return chosen if starts == [0] else torch.cat([chosen + start for start in starts], 1)
+
+
+def fill_stripes(rows: torch.Tensor) -> bool:
+    """Whether rows are whole stripes of the packed layout, one after another."""
+    if len(rows) % STRIPE_ROWS:
+        return False
+    runs = rows.view(-1, STRIPE_ROWS)
+    return bool((runs[:, :1] % STRIPE_ROWS == 0).all() and (runs == runs[:, :1] + torch.arange(STRIPE_ROWS)).all())
+
+
+def whole(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What the module gives without predictors."""
+    return type(module).forward(module, x)
+
+
+def is_packed(module: nn.Linear) -> bool:
+    return isinstance(module, SparseModule)
+
+
 def dots(module: nn.Linear, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Outputs of a Linear for the rows (tokens, count) of its weight: (..., count)."""
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    return gather_dots(flat, module.weight, rows, module.bias).view(*x.shape[:-1], rows.shape[1])
+    """Outputs of a Linear for the rows (tokens, count) of its weight, which is dense or `in_rows`: (..., count)."""
+    flat = x.view(1, -1) if len(rows) == 1 else x.reshape(len(rows), -1).contiguous()
+    products = gather_dots(flat, _rows_of(module), rows, module.bias)
+    return products.view(*x.shape[:-1], rows.shape[1])
+
+
+def stripes_of(rows: torch.Tensor) -> torch.Tensor:
+    """Rows that `fill_stripes`, as numbers of stripes: (tokens, count / 16)."""
+    return rows[:, ::STRIPE_ROWS] // STRIPE_ROWS
+
+
+def stripe_dots(module: nn.Linear, x: torch.Tensor, stripes: torch.Tensor) -> torch.Tensor:
+    """Outputs of a Linear on sparse kernels for the stripes (tokens, count) of its weight: (..., count * 16)."""
+    packed: Packed = module._held["weight"].packed  # type: ignore[union-attr, index]
+    if len(stripes) == 1:
+        return matmul_selected(x, packed, stripes[0], _bias(module, stripes[0]))
+    flat = x.reshape(len(stripes), -1)
+    products = [matmul_selected(one, packed, chosen, _bias(module, chosen)) for one, chosen in zip(flat, stripes)]
+    return torch.stack(products).view(*x.shape[:-1], -1)
+
+
+def _bias(module: nn.Linear, stripes: torch.Tensor) -> torch.Tensor | None:
+    bias = module.bias
+    return None if bias is None else bias.view(-1, STRIPE_ROWS)[stripes].view(-1)
 
 
 def sums(module: nn.Linear, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """The product of a Linear whose weight is `transposed` with inputs of which only the columns in `rows` are given (..., count)."""
-    flat = x.reshape(len(rows.indices), -1).contiguous()
+    """The product of a Linear with inputs of which only the columns in `rows` are given (..., count).
+
+    Its weight is `transposed`, or `in_rows` so.
+    """
+    flat = x.reshape(len(rows.indices), -1)
+    flat = flat if flat.is_contiguous() else flat.contiguous()
     if rows.real is not None:
         flat = flat.masked_fill(~rows.real, 0)
-    out = gather_sums(flat, module.weight.t(), rows.indices, module.bias)
+    columns = _rows_of(module)
+    columns = columns.t() if isinstance(columns, torch.Tensor) else columns
+    out = gather_sums(flat, columns, rows.indices, module.bias)
     return out.view(*x.shape[:-1], out.shape[1])
 
 
+def _rows_of(module: nn.Linear) -> torch.Tensor | PackedRows:
+    return module._held["weight"].rows if isinstance(module, SparseModule) else module.weight  # type: ignore[attr-defined, no-any-return]
+
+
 @contextmanager
-def transposed(weight: torch.Tensor) -> Iterator[None]:
+def transposed(module: nn.Linear) -> Iterator[None]:
     """Inside, a weight (out, in) lies in memory column after column; its shape and values stay, and it is put back."""
+    weight = module.weight
     columns = new(weight.numel(), weight.dtype, available()).view(weight.shape[1], weight.shape[0])
     weight.data = columns.copy_(weight.data.t()).t()
     del columns  # the weight is the only one to hold it
@@ -64,3 +123,14 @@ def transposed(weight: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         weight.data = weight.data.contiguous()
+
+
+@contextmanager
+def in_rows(module: nn.Linear, columns: bool) -> Iterator[None]:
+    """Inside, a weight on sparse kernels is held row after row, or column after column; it is put back as it was."""
+    sparse: SparseModule = module  # type: ignore[assignment]
+    hold_form(sparse, "weight", RowsForm.of(sparse._held["weight"], columns))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hold_form(sparse, "weight", sparse._held["weight"].packed())  # type: ignore[attr-defined]

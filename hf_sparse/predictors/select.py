@@ -8,6 +8,7 @@ import torch
 
 from hf_sparse.config.serialise import Serialisable, share
 from hf_sparse.errors import ConfigError, unknown
+from hf_sparse.native.largest import largest
 from hf_sparse.predictors.criteria import Scores
 from hf_sparse.predictors.layout import Layout
 
@@ -99,9 +100,13 @@ class Selection(Serialisable):
 
 
 def top(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """True at the `count` largest along the last dimension, exactly so many."""
+    """True at the `count` largest along the last dimension, exactly so many; of equal ones the first on a CPU."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter_(-1, scores.topk(count, -1, sorted=False).indices, True)
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        chosen = largest(scores.detach().reshape(-1, scores.shape[-1]), count).view(*scores.shape[:-1], count)
+    else:
+        chosen = scores.topk(count, -1, sorted=False).indices
+    return mask.scatter_(-1, chosen, True)
 
 
 def _count(total: int, share: float) -> int:

@@ -1,6 +1,7 @@
 """The modules of one block that compute chosen rows only: which they are, and what of them cannot be left out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,9 +9,14 @@ from torch import nn
 
 from hf_sparse.errors import ModelError
 from hf_sparse.native.gather import DTYPES
+from hf_sparse.native.layout import STRIPE_ROWS
+from hf_sparse.predictors.rows import fill_stripes
 from hf_sparse.predictors.units import BlockUnits, module_of
+from hf_sparse.runtime.forms import PackedForm
+from hf_sparse.runtime.modules import SparseLinear
 from hf_sparse.sites import Site, stored_rows
 
+Forward = Callable[[torch.Tensor], torch.Tensor]
 _OTHERWISE = "hf_sparse.predictors.masked runs it exactly, without saving time."
 
 
@@ -35,6 +41,11 @@ class Feed:
         if _normed(model, [*self.starts, self.down], block.neurons):
             raise ModelError(_whole(block, "neurons", "a norm over all of them lies between"))
 
+    def fills_stripes(self, module: nn.Linear, neuron_block: int) -> bool:
+        """Whether blocks of so many neurons are whole stripes of a packed matrix."""
+        sizes = (neuron_block, self.block.neurons, *self.starts[module])
+        return all(size % STRIPE_ROWS == 0 for size in sizes)
+
     @property
     def fused(self) -> bool:
         return len(self.starts[self.gate]) > 1
@@ -55,16 +66,26 @@ class Heads:
         others = torch.ones(self.q.out_features, dtype=torch.bool)
         others[self.q_rows] = False
         self.others = others.nonzero().view(1, -1)  # keys and values that lie in the same matrix: always computed
+        runs = self.q_rows.view(block.heads, -1)
+        self.fills_stripes = all(fill_stripes(rows) for rows in (*runs, self.others[0]))
 
 
 def linear(model: nn.Module, site: Site) -> nn.Linear:
-    """The plain Linear module of a site; raises ModelError for any other, and for weights that the kernels do not read."""
+    """The Linear module of a site, plain or on sparse kernels; raises ModelError for any other, and for weights that are not read by rows."""
     module = module_of(model, site)
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
+    plain = type(module) in (nn.Linear, SparseLinear) and "forward" not in module.__dict__
+    if not isinstance(module, nn.Linear) or not plain:
         kind = type(module).__name__
         raise ModelError(
             f"{site.name} runs in {'a wrapped ' if kind == 'Linear' else ''}{kind}; chosen rows are read from plain torch.nn.Linear modules "
-            f"only. Merge adapters, call hf_sparse.use_dense_kernels_(model) for a model on sparse kernels; {_OTHERWISE}"
+            f"only, dense or packed. Merge adapters; {_OTHERWISE}"
+        )
+    if isinstance(module, SparseLinear):
+        if isinstance(module._form, PackedForm):
+            return module
+        raise ModelError(
+            f"{site.name} is held as {module._form.name}, of which single rows cannot be read. hf_sparse.use_dense_kernels_(model) gives "
+            f"the dense weights back; {_OTHERWISE}"
         )
     weight = module.weight
     if weight.dtype not in DTYPES or weight.device.type != "cpu" or not weight.is_contiguous():
@@ -101,3 +122,13 @@ def _common(paths: list[list[str]]) -> str:
     while all(len(path) > length and path[length] == paths[0][length] for path in paths):
         length += 1
     return ".".join(paths[0][:length])
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
+    """Inside, a module does something else."""
+    module.forward = torch.compiler.disable(forward)  # the choices of a token are not known when a graph is made
+    try:
+        yield
+    finally:
+        del module.forward

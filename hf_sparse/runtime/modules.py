@@ -14,6 +14,7 @@ from hf_sparse.runtime.forms import Form, PackedForm, StackedForm
 from hf_sparse.runtime.lazy import REFUSAL, LazyWeight
 from hf_sparse.runtime.multiply import multiply
 from hf_sparse.runtime.operators import NO_GRADIENT, WAY_BACK
+from hf_sparse.runtime.row_forms import RowsForm
 from hf_sparse.runtime.sources import is_bfloat16
 
 _stays_lazy = ContextVar("hf_sparse_stays_lazy", default=False)
@@ -87,7 +88,7 @@ class SparseModule(nn.Module):
         form, here = self._held[name], self._lazy(name)
         if weight.shape != here.shape:
             return f"size mismatch for {key}: {tuple(weight.shape)} given, {tuple(here.shape)} is here."
-        if not isinstance(form, PackedForm | StackedForm):
+        if not isinstance(form, PackedForm | StackedForm | RowsForm):
             return f"{key} cannot be loaded into a {type(form).__name__}; {WAY_BACK}."
         weight = (weight.dense() if isinstance(weight, LazyWeight) else weight).detach().to(self._dtype)
         if not (self._rounds or is_bfloat16(weight)):
@@ -165,6 +166,9 @@ def moved_dtype(module: SparseModule, fn: Any) -> torch.dtype:
 
 def hold_form(module: SparseModule, name: str, form: Form) -> None:
     """Gives one of the weights of a sparse module another form."""
+    for part in module._held[name].tensors() if name in module._held else ():
+        del module._buffers[f"{name}_{part}"]
+        module._non_persistent_buffers_set.discard(f"{name}_{part}")
     for part, tensor in form.tensors().items():
         module.register_buffer(f"{name}_{part}", tensor, persistent=False)
     module._held[name] = form

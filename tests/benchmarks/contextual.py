@@ -6,17 +6,20 @@ time, which leaves out what other processes take. Figures are ratios of medians,
 """
 
 import argparse
+import itertools
+import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from kernels import in_large_pages, measure, ratio
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_sparse import environment as surroundings
-from hf_sparse import native
+from hf_sparse import native, use_sparse_kernels_
 from hf_sparse.predictors.criteria import Scores
 from hf_sparse.predictors.gathered import Gathered, gathered
 from hf_sparse.predictors.layout import Layout
@@ -29,6 +32,11 @@ SHAPES = ((768, 2048), (2048, 8192), (4096, 11008))  # (hidden, neurons)
 SHARES = (0.75, 0.5, 0.25)
 BYTES = 600 << 20  # of feed-forwards in one pass
 Task = Callable[[int], Any]
+MODELS: dict[str, dict[str, Any]] = {  # in the shape of Llama
+    "100M": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12},
+    "1B": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4},
+    "3.2-1B": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+}  # fmt: skip
 
 
 def built(hidden: int, neurons: int, blocks: int, large_pages: bool) -> LlamaForCausalLM:
@@ -148,49 +156,102 @@ def heads_table(hidden: int, seconds: float) -> None:
         print(f"| {hidden} | {name} | {ratio(times['torch'], times[name])} | {len(times['torch'])} |", flush=True)
 
 
-def of_one_billion() -> LlamaForCausalLM:
-    """Random, in the shape of Llama 3.2 1B (1.2 B weights)."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
-    )  # fmt: skip
+def of_size(name: str) -> LlamaForCausalLM:
+    """Random weights, the same in all blocks, but in memory of their own."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return LlamaForCausalLM(config).eval().requires_grad_(False)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**MODELS[name], head_dim=64)).eval().requires_grad_(False)
+        rotary = LlamaRotaryEmbedding(model.config)
     finally:
         torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    model.model.rotary_emb = rotary
+    drawn: dict[torch.Size, torch.Tensor] = {}
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if parameter.shape not in drawn:
+                numbers = torch.randn(parameter.shape, dtype=torch.bfloat16) * 0.02
+                drawn[parameter.shape] = numbers if parameter.dim() > 1 else torch.ones_like(numbers)
+            module._parameters[key] = torch.nn.Parameter(drawn[parameter.shape].clone(), requires_grad=False)
+    model.tie_weights()
+    return model
 
 
-def generate_table(rounds: int, neuron_block: int) -> None:
+def make_sparse_(model: LlamaForCausalLM) -> None:
+    """2:4 with places at random, on sparse kernels."""
+    places = torch.tensor(list(itertools.permutations((1, 1, 0, 0)))).unique(dim=0).bfloat16()
+    masks: dict[torch.Size, torch.Tensor] = {}
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            shape = module.weight.shape
+            if shape not in masks:
+                masks[shape] = places[torch.randint(len(places), (shape.numel() // 4,))].view(shape)
+            module.weight.data.mul_(masks[shape])
+    use_sparse_kernels_(model, choose="always")
+
+
+class OwnTime:
+    """CPU time of what a running predictor does itself: its network, and the choice."""
+
+    def __init__(self, running: Gathered) -> None:
+        self.seconds = 0.0
+        for owner, name in ((running.predictor, "forward"), (running, "_choose")):
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            before = time.thread_time()
+            found = function(*args)
+            self.seconds += time.thread_time() - before
+            return found
+
+        return timed
+
+
+def generate_table(name: str, rounds: int, neuron_block: int, shares: list[tuple[float, float]], sparse: bool) -> None:
     """Greedy decoding, whole and with shares of neurons and heads; what 16 further tokens take beside the prompt and the first."""
-    model = of_one_billion()
-    layout = Layout.of(model, (0,), neuron_block)
+    model = of_size(name)
     weights = sum(parameter.numel() for parameter in model.parameters())
+    if sparse:
+        make_sparse_(model)
+    layout = Layout.of(model, (0,), neuron_block)
     predictor = shadow(layout, {"tells": ("neurons", "heads"), "rank": rank_for(weights, layout, "shadow")})
-    rows = torch.randint(0, 128256, (1, 16))
+    rows = torch.randint(0, model.config.vocab_size, (1, 16))
 
     def step(tokens: int) -> float:
         before = time.thread_time()
         model.generate(rows, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
         return time.thread_time() - before
 
-    times: dict[str, list[float]] = {"dense": [], "75%": [], "50%": []}
+    ways = [(1.0, 1.0), *shares]
+    times: dict[tuple[float, float], list[float]] = {way: [] for way in ways}
+    own: dict[tuple[float, float], list[float]] = {way: [] for way in ways}
     for turn in range(rounds + 1):
-        for name, found in times.items():
-            kept = float(name[:-1]) / 100 if name != "dense" else 1.0
-            way = (
-                gathered(model, predictor, Selection(keep_neurons=kept, keep_heads=kept)) if kept < 1 else nullcontext()
-            )
-            with way:
-                taken = step(17) - step(1)
-            found += [taken / 16] if turn else []
-    for name, found in times.items():
+        for neurons, heads in ways:
+            with ExitStack() as stack:
+                watch = None
+                if (neurons, heads) != (1.0, 1.0):
+                    selection = Selection(keep_neurons=neurons, keep_heads=heads)
+                    watch = OwnTime(stack.enter_context(gathered(model, predictor, selection)))
+                first, spent = step(1), watch.seconds if watch else 0.0
+                taken = step(17) - first
+                if turn:
+                    times[neurons, heads].append(taken / 16)
+                    own[neurons, heads].append((watch.seconds - spent) / 16 if watch else 0.0)
+    print(f"{name}{', 2:4 on sparse kernels' if sparse else ''}: {weights} weights, predictor {predictor.weight_count() / weights:.2%} of them, neurons in blocks of {neuron_block}")  # fmt: skip
+    print("| neurons, heads | x without | ms a token | predictor's own ms | of the step | of a step without |")
+    whole = statistics.median(times[1.0, 1.0])
+    for way, found in times.items():
+        step_ms, own_ms = statistics.median(found) * 1000, statistics.median(own[way]) * 1000
         print(
-            f"| generate, 1.2 B | {name} | {ratio(times['dense'], found)} | {sorted(found)[rounds // 2] * 1000:.0f} ms a token |"
+            f"| {way[0]:.0%}, {way[1]:.0%} | {ratio(times[1.0, 1.0], found)} | {step_ms:.1f} | {own_ms:.2f} | {own_ms / step_ms:.1%} "
+            f"| {own_ms / whole / 1000:.1%} |",
+            flush=True,
         )
-    print(f"predictor: {predictor.weight_count() / weights:.2%} of the weights, neurons in blocks of {neuron_block}")
 
 
 def main() -> None:
@@ -201,7 +262,12 @@ def main() -> None:
     parser.add_argument("--neuron-blocks", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--large-pages", action="store_true", help="for all weights, those of torch included")
     parser.add_argument("--heads", type=int, nargs="+", help="hidden sizes: projections of heads instead")
-    parser.add_argument("--generate", type=int, metavar="ROUNDS", help="a whole model instead")
+    parser.add_argument(
+        "--generate", type=int, metavar="ROUNDS", help="a whole model instead, and the predictor's own time"
+    )
+    parser.add_argument("--model", choices=MODELS, default="3.2-1B", help="of --generate")
+    parser.add_argument("--sparse", action="store_true", help="--generate: 2:4 on sparse kernels, the comparison too")
+    parser.add_argument("--kept", nargs="+", default=["0.75/0.75", "0.5/0.5"], help="--generate: neurons/heads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"Instruction set {native.instruction_set()}, threads {arguments.threads}; {surroundings.versions()}")
@@ -210,7 +276,9 @@ def main() -> None:
             for hidden in arguments.heads or ():
                 heads_table(hidden, arguments.seconds)
             if arguments.generate:
-                generate_table(arguments.generate, arguments.neuron_blocks[-1])
+                shares = [tuple(map(float, text.split("/"))) for text in arguments.kept]
+                block = arguments.neuron_blocks[-1]
+                generate_table(arguments.model, arguments.generate, block, shares, arguments.sparse)
         return
     print("| hidden/neurons | way | x torch | torch ms a block | predictor | rounds |\n|---|---|---|---|---|---|")
     with torch.inference_mode():

@@ -17,4 +17,4 @@ export HF_SPARSE_TEST_KERNELS=$(ls "$PWD/$BUILD"/_kernels*.so)
 export LD_PRELOAD=$("${CXX:-g++}" -print-file-name=libasan.so):$("${CXX:-g++}" -print-file-name=libubsan.so)
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest tests/test_native.py tests/test_native_buffers.py tests/test_storage.py -p no:cacheprovider "$@"
+exec "$PYTHON" -m pytest tests/test_native.py tests/test_native_buffers.py tests/test_native_gather.py tests/test_native_rows.py tests/test_storage.py -p no:cacheprovider "$@"
