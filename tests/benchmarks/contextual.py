@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from kernels import in_large_pages, measure, ratio
+from sparse_kernels import in_large_pages, measure, ratio
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

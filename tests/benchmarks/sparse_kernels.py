@@ -1,4 +1,4 @@
-"""Products with packed weights against torch's and against our own dense kernel: `python tests/benchmarks/kernels.py`.
+"""Products with packed weights against torch's and against our own dense kernel: `python tests/benchmarks/sparse_kernels.py`.
 
 All are bfloat16, in turns in one process, each over as many copies of its weights as no cache holds, in large pages. One thread is
 measured by its own CPU time, which leaves out what other processes take; several by the clock, which does not. Every figure is a
