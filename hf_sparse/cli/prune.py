@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse.cli.loading import add_loading, hub_options, load_model, load_processor, model_name
-from hf_sparse.cli.writing import check_destination, complete_folder
+from hf_sparse.destination import check_destination, complete_folder
 from hf_sparse.config import SparsityConfig
 from hf_sparse.config.serialise import mapping, read_fields, read_value
 from hf_sparse.errors import ConfigError
