@@ -207,7 +207,9 @@ def _attempt(run: Run, samples: Samples | None, permutations: Permutations, shar
             try:
                 shared.allot_(run, samples, batches)
                 shared.permute_(run, samples.rows, batches, permutations)
-                if (permutations.done or permutations.resumed) and run.two_streams:  # what enters a block's output is known channel by channel
+                if (
+                    permutations.done or permutations.resumed
+                ) and run.two_streams:  # what enters a block's output is known channel by channel
                     wirings = survey(run.model, run.inventory, samples.rows, False, run.config.device, True).wirings
                     run.survey = replace(run.survey, wirings=wirings)
                 _begin(run, permutations)

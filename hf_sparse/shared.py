@@ -97,8 +97,6 @@ class Shared:
             run.measured, run.shares = dict(measured), shares(run.inventory, run.chosen, run.config, measured)
             run.notes += notes
 
-    def permute_(
-        self, run: Run, rows: Sequence[Sample], batches: Sequence[Batch], permutations: Permutations
-    ) -> None:
+    def permute_(self, run: Run, rows: Sequence[Sample], batches: Sequence[Batch], permutations: Permutations) -> None:
         """Reorder the channels of a run's model where its configuration asks for it; `permutations` gets the orders."""
         permute_(run, rows, batches, permutations)

@@ -32,7 +32,12 @@ class Spill:
         return tree_map(self._one, tree)
 
     def _one(self, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or leaf.device.type != "cpu" or leaf.requires_grad or leaf.nbytes < _SMALLEST:
+        if (
+            not isinstance(leaf, torch.Tensor)
+            or leaf.device.type != "cpu"
+            or leaf.requires_grad
+            or leaf.nbytes < _SMALLEST
+        ):
             return leaf
         self._used += leaf.nbytes
         return leaf if self._used <= self._limit // 2 else self.in_file(leaf)
@@ -53,6 +58,5 @@ class Spill:
         self.bytes_in_files += source.nbytes
         # The strides are those of an ordinary copy, as sums over another layout may differ in their last bits.
         strides = torch.empty_like(source, device="meta").stride()
-        copy = torch.empty(0, dtype=source.dtype).set_(storage, 0, source.shape, strides)  # type: ignore[call-overload]
+        copy = torch.empty(0, dtype=source.dtype).set_(storage, 0, source.shape, strides)  # type: ignore[arg-type]
         return copy.copy_(source)
-

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 
-from hf_sparse import checkpoint, contextual, environment
+from hf_sparse import contextual, environment
 from hf_sparse.config import SparsityConfig
 from hf_sparse.convert import convert, files_beside
 from hf_sparse.destination import check_destination, put_in_place
@@ -17,16 +17,15 @@ from hf_sparse.forwards import hidden_states_in
 from hf_sparse.hub import is_weights
 from hf_sparse.prune import prune_sharing_
 from hf_sparse.remote import CARD, CONFIG, Folder, open_place, read_config
-from hf_sparse.replace import write_whole
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import PICTURE_FILE, Report
 from hf_sparse.side_files import describe
 from hf_sparse.spill import Spill
 from hf_sparse.storage import FORMATS
+from hf_sparse.streaming.files import Outputs
 from hf_sparse.streaming.opening import open_model
 from hf_sparse.streaming.output import output_headers, write_index
 from hf_sparse.streaming.session import Session, files_told
-from hf_sparse.streaming.files import Outputs
 from hf_sparse.streaming.weights import Weights
 from hf_sparse.streaming.work import FORMAT, Work, check_same, working
 from hf_sparse.text import one_line, shown
@@ -146,7 +145,7 @@ def _prune(
         _begin(folder, source, work, weights, config, dtype, sparse_format)
         work.model.mkdir(exist_ok=True)
         headers = output_headers(model, weights, dtype is not None)
-        weights.outputs = Outputs(work.model, headers)
+        weights.write_to(Outputs(work.model, headers))
         session = Session(weights, work, tokenizer, options)
         spill = Spill(work.path, limit)
         try:
@@ -170,9 +169,7 @@ def _prune(
         weights.close()
 
 
-def _open(
-    folder: Path, config: SparsityConfig, dtype: Any, options: Mapping[str, Any]
-) -> tuple[Any, Weights]:
+def _open(folder: Path, config: SparsityConfig, dtype: Any, options: Mapping[str, Any]) -> tuple[Any, Weights]:
     """The model without the weights of its blocks; its head is needed in memory where channels may change places."""
     from transformers import AutoConfig
 

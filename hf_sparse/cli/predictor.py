@@ -8,10 +8,10 @@ from typing import Any
 
 from hf_sparse.cli.loading import add_loading, load_model, load_processor, model_name
 from hf_sparse.cli.prune import options as read_options
-from hf_sparse.destination import check_destination, complete_folder
 from hf_sparse.config import PredictorConfig
 from hf_sparse.config.serialise import read_fields
 from hf_sparse.contextual import detach, train_predictors_
+from hf_sparse.destination import check_destination, complete_folder
 from hf_sparse.errors import ConfigError
 from hf_sparse.predictors.evaluate import evaluate_predictors
 from hf_sparse.predictors.layout import Layout

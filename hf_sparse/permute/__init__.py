@@ -27,7 +27,9 @@ class Permutations:
     orders: dict[str, list[int]] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)  # name -> where in the stored tensors the order holds
     done: list[tuple[int | None, Channels, torch.Tensor]] = field(default_factory=list)  # with the block, to undo it
-    resumed: bool = False  # whether an interrupted run of the same pruning made the orders, so that they hold in the model
+    resumed: bool = (
+        False  # whether an interrupted run of the same pruning made the orders, so that they hold in the model
+    )
     aliases: dict[str, list[str]] = field(
         default_factory=dict
     )  # name of a tensor -> all its names, where it has several

@@ -29,7 +29,7 @@ _PIECE = 2**24  # bytes copied at a time
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _read_into(handle: int, view: memoryview, offset: int, name: str) -> None:

@@ -33,7 +33,14 @@ class _Opening:
         self.weights: Weights | None = None
 
     def load(
-        self, original: Callable[..., Any], model: Any, state_dict: Any, files: Any, load_config: Any, *rest: Any, **more: Any
+        self,
+        original: Callable[..., Any],
+        model: Any,
+        state_dict: Any,
+        files: Any,
+        load_config: Any,
+        *rest: Any,
+        **more: Any,
     ) -> Any:
         """What Transformers does to load a model, for all that is outside of its blocks."""
         reader = load_config.hf_quantizer
@@ -77,7 +84,9 @@ def _check(told: Any) -> None:
     wrong = [entry[0] for entry in told.mismatched_keys] or list(told.conversion_errors)
     if wrong or told.error_msgs:
         what = one_line(str(wrong[0] if wrong else told.error_msgs[0]), 200)
-        raise CheckpointError(f"the checkpoint does not fit its config.json: {what} cannot be loaded. Save the model again.")
+        raise CheckpointError(
+            f"the checkpoint does not fit its config.json: {what} cannot be loaded. Save the model again."
+        )
 
 
 @contextmanager
@@ -112,7 +121,9 @@ def open_model(load: Callable[[], Any], keep_head: bool) -> tuple[Any, Weights]:
             _opening.reset(token)
             _wraps.take_out()
     if opening.weights is None or opening.weights.model is not model:
-        raise ModelError(f"a {type(model).__name__} does not load its weights as Transformers' models do; prune it in memory.")
+        raise ModelError(
+            f"a {type(model).__name__} does not load its weights as Transformers' models do; prune it in memory."
+        )
     opening.weights.install()
     return model, opening.weights
 

@@ -45,7 +45,6 @@ def write_index(source: Path, folder: Path, weights: Weights, converts: bool) ->
     if (source / _INDEX).is_file() and not converts:
         shutil.copyfile(source / _INDEX, folder / _INDEX)
         return
-    assert weights.outputs is not None
     total = sum(weights.outputs[key].bytes for key in inputs.tensors)
     index = {
         "metadata": {"total_size": total},

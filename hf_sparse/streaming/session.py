@@ -70,9 +70,7 @@ class Session(Shared):
         if run.measured:
             self._add("measured", {"values": run.measured, "notes": run.notes[before:]})
 
-    def permute_(
-        self, run: Run, rows: Sequence[Sample], batches: Sequence[Batch], permutations: Permutations
-    ) -> None:
+    def permute_(self, run: Run, rows: Sequence[Sample], batches: Sequence[Batch], permutations: Permutations) -> None:
         """Reorder channels; the dense weights in their new order stand in files of their own until the run is done."""
         if self._begun is not None:
             permutations.orders, permutations.places = self._begun["orders"], self._begun["places"]
@@ -85,7 +83,7 @@ class Session(Shared):
             self._weights.keep_in = self._work.aside
         super().permute_(run, rows, batches, permutations)
         if permutations.done and OUTSIDE not in self._weights.aside:
-            self._weights.keep_outside()
+            self._weights.keep_outside(self._work.aside)
 
     # ------------------------------------------------------------------------------------------------ the diary
 
@@ -99,7 +97,8 @@ class Session(Shared):
         else:
             aside = {name: file.name for name, file in self._weights.aside.items()}
             self._add(
-                "begin", {"notes": run.notes, "batch_size": run.batch_size, "orders": orders, "places": places, "aside": aside}
+                "begin",
+                {"notes": run.notes, "batch_size": run.batch_size, "orders": orders, "places": places, "aside": aside},
             )
         self._noted = len(run.notes)
 
@@ -122,8 +121,7 @@ class Session(Shared):
 
     def finished(self, run: Run, report: BlockReport) -> None:
         """The block's weights are on the disk before the journal says so."""
-        if self._weights.outputs is not None:
-            self._weights.outputs.sync()
+        self._weights.outputs.sync()
         self._add("block", {"report": dataclasses.asdict(report), "notes": run.notes[self._noted :]})
         self._noted = len(run.notes)
 

@@ -27,7 +27,9 @@ class Group:
 
     name: str
     keys: list[str] = field(default_factory=list)  # of the checkpoint
-    slots: list[tuple[str, nn.Module, str, nn.Parameter]] = field(default_factory=list)  # (full name, owner, own name, on meta)
+    slots: list[tuple[str, nn.Module, str, nn.Parameter]] = field(
+        default_factory=list
+    )  # (full name, owner, own name, on meta)
     depth: int = 0  # how many want it in memory now
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -59,7 +61,7 @@ class Weights:
     def __init__(self, model: nn.Module, inputs: Inputs, conversion: Conversion, load: Loader, keep_head: bool) -> None:
         self.model, self.inputs, self.conversion, self._load = model, inputs, conversion, load
         self.groups: dict[str, Group] = {}
-        self.outputs: Outputs | None = None
+        self._outputs: Outputs | None = None
         self.written: set[str] = set()  # groups whose pruned weights are in the output
         self.aside: dict[str, Path] = {}  # groups whose channels were reordered -> file with the dense weights
         self.keep_in: Path | None = None  # where weights go that are written back before the first block is pruned
@@ -88,7 +90,19 @@ class Weights:
         set_source(self.model, lambda name: BlockSource(self, self.groups[name]))
         for group in self.groups.values():
             module = self.model.get_submodule(group.name)
-            module.forward = _loading(self, group, module.forward)
+            own: Callable[..., Any] = module.forward
+            module.forward = _loading(self, group, own)
+
+    @property
+    def outputs(self) -> Outputs:
+        """The files that are written."""
+        if self._outputs is None:
+            raise ModelError("the weights of this model are only read; nothing says where changed ones go.")
+        return self._outputs
+
+    def write_to(self, outputs: Outputs) -> None:
+        """From now on `write_back` writes there."""
+        self._outputs = outputs
 
     # ------------------------------------------------------------------------------------------------ in and out of memory
 
@@ -101,7 +115,7 @@ class Weights:
             if group.name in self.aside and (as_found or group.name not in self.written):
                 self._put(group, self.aside[group.name])
                 return
-            pruned = self.outputs is not None and group.name in self.written and not as_found
+            pruned = group.name in self.written and not as_found
             stored: Any = self.outputs if pruned else self.inputs.tensors
             self._load({key: stored[key] for key in group.keys})
             for full, owner, name, _ in group.slots:
@@ -140,18 +154,17 @@ class Weights:
     def write_back(self, group: Group) -> None:
         """Keep the present values: in the output, or aside while channels are reordered and nothing is pruned."""
         if self.keep_in is not None:
-            self._keep(group.name, group.state())
+            self._keep(self.keep_in, group.name, group.state())
             return
         self._store(group.keys, group.state())
         self.written.add(group.name)
 
-    def keep_outside(self) -> None:
+    def keep_outside(self, folder: Path) -> None:
         """Keep what belongs to no block aside."""
-        self._keep(OUTSIDE, self._outside_state())
+        self._keep(folder, OUTSIDE, self._outside_state())
 
-    def _keep(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
-        assert self.keep_in is not None
-        file = self.keep_in / f"{name or 'outside'}.safetensors"
+    def _keep(self, folder: Path, name: str, state: Mapping[str, torch.Tensor]) -> None:
+        file = folder / f"{name or 'outside'}.safetensors"
         fresh = file.with_suffix(".partial")
         save_file({full: tensor.contiguous().clone() for full, tensor in state.items()}, fresh)
         sync(fresh)
@@ -177,7 +190,6 @@ class Weights:
 
     def _store(self, keys: Iterable[str], state: Mapping[str, torch.Tensor]) -> None:
         """Write tensors into the output: as they are in the source, byte for byte, where their values have not changed."""
-        assert self.outputs is not None
         made = self.conversion.reversed(list(keys), state)
         for key in keys:
             stored = self.inputs.tensors[key]
@@ -189,7 +201,6 @@ class Weights:
 
     def complete(self) -> None:
         """Write everything that is not in the output yet."""
-        assert self.outputs is not None
         for group in self.groups.values():
             if group.name in self.written:
                 continue
@@ -205,14 +216,13 @@ class Weights:
         self.outputs.sync()
 
     def _copy(self, keys: Iterable[str]) -> None:
-        assert self.outputs is not None
         for key in keys:
             self.outputs.copy(key, self.inputs.tensors[key])
 
     def close(self) -> None:
         self.inputs.close()
-        if self.outputs is not None:
-            self.outputs.close()
+        if self._outputs is not None:
+            self._outputs.close()
 
 
 class BlockSource:
@@ -251,7 +261,7 @@ def _loading(weights: Weights, group: Group, forward: Callable[..., Any]) -> Cal
 
 def _own_head(model: nn.Module) -> str | None:
     """The name of an output layer that is tied to nothing: calibration seldom needs it, and it is large."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     name = next((name for name, module in model.named_modules() if module is head and head is not None), None)
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     if name is None or any(full.startswith(f"{name}.") for full in (*ties, *ties.values())):

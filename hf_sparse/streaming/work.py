@@ -11,7 +11,6 @@ from typing import Any
 
 from hf_sparse.errors import CheckpointError
 from hf_sparse.recovery import writable
-from hf_sparse.replace import sync
 
 FORMAT = 1
 _LARGEST = 2**30  # bytes of a journal; orders of channels are most of it
@@ -42,7 +41,9 @@ class Journal:
         os.lseek(self._handle, 0, os.SEEK_END)
 
     def _damaged(self, why: str) -> CheckpointError:
-        return CheckpointError(f"the journal {str(self._file)!r} is damaged: {why}. Start over with restart=True (--restart).")
+        return CheckpointError(
+            f"the journal {str(self._file)!r} is damaged: {why}. Start over with restart=True (--restart)."
+        )
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """The newest entry of a kind."""
@@ -155,5 +156,3 @@ def check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], destination: 
             f"an interrupted run to {str(destination)!r} was begun with other settings: {name} was {was!r:.200}, now it is {found!r:.200}. "
             "Give what was given then, or start over with restart=True (--restart)."
         )
-
-
