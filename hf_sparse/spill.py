@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from hf_sparse.replace import take_room
+
+HIDDEN_MEMORY = "4GB"  # what hidden states may take where nothing else is said
 _SMALLEST = 2**16  # bytes: masks and positions stay where they are
 
 
@@ -49,8 +52,7 @@ class Spill:
             return source.clone()
         handle, name = tempfile.mkstemp(prefix=".hidden-", dir=self._folder)
         try:
-            # Room that is not there must be an error now, and no bus error when the page is written.
-            os.posix_fallocate(handle, 0, source.nbytes)
+            take_room(handle, source.nbytes)  # where there is none, a page that is written would be a bus error
             storage = torch.UntypedStorage.from_file(name, shared=True, nbytes=source.nbytes)
         finally:
             os.close(handle)

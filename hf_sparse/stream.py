@@ -1,7 +1,8 @@
 """Prunes a checkpoint from disk to disk: one block at a time is in memory, and a run that was killed goes on where it was."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hf_sparse.remote import CARD, CONFIG, Folder, open_place, read_config
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import PICTURE_FILE, Report
 from hf_sparse.side_files import describe
-from hf_sparse.spill import Spill
+from hf_sparse.spill import HIDDEN_MEMORY, Spill
 from hf_sparse.storage import FORMATS
 from hf_sparse.streaming.files import Outputs
 from hf_sparse.streaming.opening import open_model
@@ -31,7 +32,6 @@ from hf_sparse.streaming.work import FORMAT, Work, check_same, working
 from hf_sparse.text import one_line, shown
 from hf_sparse.verify.loading import auto_class
 
-HIDDEN_MEMORY = "4GB"
 _SHARD_SIZE = "1GB"  # of compressed weights: one shard is in memory
 _OURS = (CARD, REPORT_FILE, PICTURE_FILE)  # written anew
 
@@ -92,7 +92,9 @@ def prune_checkpoint(
                     options["trust_remote_code"] = True
                 _prune(folder, str(source), work, config, tokenizer, options, dtype, sparse_format, limit)
             except BaseException:
-                if work.journal.last("begin") is None:  # there is nothing to go on from
+                if (
+                    work.journal.last("begin") is None and work.journal.last("measured") is None
+                ):  # nothing to go on from
                     work.remove()
                 raise
         fresh = work.compressed if (work.compressed / CONFIG).is_file() else work.model
@@ -149,7 +151,7 @@ def _prune(
         session = Session(weights, work, tokenizer, options)
         spill = Spill(work.path, limit)
         try:
-            with hidden_states_in(spill):
+            with hidden_states_in(spill), _embeddings_in(spill, model):
                 report = prune_sharing_(model, config, session)
         except PruningInterrupted as error:
             raise PruningInterrupted(
@@ -167,6 +169,23 @@ def _prune(
         session.complete()
     finally:
         weights.close()
+
+
+@contextmanager
+def _embeddings_in(spill: Spill, model: Any) -> Iterator[None]:
+    """All samples wait before the first block at once, so what they are there follows the same limit."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    if embeddings is None:
+        yield
+        return
+    handle = embeddings.register_forward_hook(lambda module, given, output: spill.kept(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _open(folder: Path, config: SparsityConfig, dtype: Any, options: Mapping[str, Any]) -> tuple[Any, Weights]:

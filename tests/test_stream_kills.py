@@ -18,7 +18,7 @@ from hf_sparse.streaming.files import Outputs
 from hf_sparse.streaming.work import Journal, work_folder
 
 ROWS = token_rows()
-DATA = {"calibration": ROWS, "num_samples": len(ROWS)}
+DATA = {"calibration": ROWS, "num_samples": len(ROWS), "update": "none"}
 KILLS = 50
 
 pytestmark = [

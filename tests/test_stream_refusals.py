@@ -15,7 +15,7 @@ from hf_sparse.errors import CalibrationError, CheckpointError, ConfigError, HfS
 from hf_sparse.streaming.work import Journal
 
 ROWS = token_rows()
-DATA = {"calibration": ROWS, "num_samples": len(ROWS)}
+DATA = {"calibration": ROWS, "num_samples": len(ROWS), "update": "none"}
 
 pytestmark = pytest.mark.usefixtures("no_pictures", "no_syncs")
 
@@ -95,7 +95,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (tmp_path / "dense" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "text.txt").write_text(text(400))
     words = ["prune", str(tmp_path / "dense"), str(tmp_path / "sparse"), "--pattern", "2:4", "--calibration", str(tmp_path / "text.txt"),
-             "--num-samples", "4", "--sequence-length", "16"]  # fmt: skip
+             "--update", "none", "--num-samples", "4", "--sequence-length", "16"]  # fmt: skip
     assert main([*words, "--stream", "--evaluate", str(tmp_path / "text.txt"), "--allow-same-text"]) == 1
     assert "--evaluate needs the whole model" in capsys.readouterr().err
     assert main([*words, "--restart"]) == 1

@@ -15,8 +15,8 @@ from hf_sparse.errors import ConfigError
 from hf_sparse.evaluate import as_evaluation, evaluate
 from hf_sparse.prune import prune_
 from hf_sparse.report import Report
+from hf_sparse.spill import HIDDEN_MEMORY
 from hf_sparse.storage import FORMATS
-from hf_sparse.stream import HIDDEN_MEMORY, prune_checkpoint
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -170,6 +170,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _stream(arguments: argparse.Namespace, config: SparsityConfig) -> Report:
+    from hf_sparse.stream import prune_checkpoint  # needs file locks as Linux and macOS have them
+
     if arguments.evaluate:
         raise ConfigError(
             "--evaluate needs the whole model in memory, which --stream does not have; leave it out, then: hf-sparse evaluate "

@@ -15,6 +15,7 @@ import torch
 
 from hf_sparse.errors import CheckpointError
 from hf_sparse.remote.headers import LENGTH_BYTES, Tensor, header_length, parse_header
+from hf_sparse.replace import take_room
 from hf_sparse.storage import StoredTensor, plain_tensors
 from hf_sparse.storage.names import VALUES
 from hf_sparse.text import one_line
@@ -207,6 +208,6 @@ class Outputs:
 def _take_room(handle: int, size: int, path: Path) -> None:
     try:
         os.ftruncate(handle, 0)
-        os.posix_fallocate(handle, 0, max(1, size))
+        take_room(handle, size)
     except OSError as error:
         raise CheckpointError(f"{str(path)!r} needs {size} bytes on the disk: {error.strerror}.") from error

@@ -32,11 +32,6 @@ def _plain_name(name: str) -> str:
     return name.replace(f"model.{VARIANT}", "model", 1) if is_compressed_weights(name) else name
 
 
-def sizes(headers: dict[str, Header]) -> dict[str, int]:
-    """File name -> bytes."""
-    return {name: header.file_size for name, header in headers.items()}
-
-
 def write_index(source: Path, folder: Path, weights: Weights, converts: bool) -> None:
     """The index of the shards, the source's own where the files are laid out as there."""
     inputs = weights.inputs
