@@ -161,10 +161,10 @@ def _prune(
             ) from error
         report.seconds += session.earlier
         weights.complete()
+        work.keep_only(headers)
         write_index(folder, work.model, weights, dtype is not None)
         _write_beside(folder, work.model, model, tokenizer)
         if sparse_format == "bitmask":
-            work.compressed.mkdir(exist_ok=True)
             convert(work.model, work.compressed, "bitmask", _SHARD_SIZE)
         session.complete()
     finally:

@@ -4,12 +4,14 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from models import llama, token_rows
 
@@ -140,3 +142,28 @@ def test_killed_at_every_step_of_a_kind(owner: Any, method: str, tmp_path: Path)
         assert content(destination) == wanted
         assert not work_folder(destination).exists()
     assert 0 < after < 999
+
+
+LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
+os.execv(sys.executable, [sys.executable, "-m", "hf_sparse", *sys.argv[2:]])
+"""
+
+
+def test_a_model_that_is_larger_than_the_memory(tmp_path: Path) -> None:
+    """670 MB of weights under a limit of 600 MB, of which the libraries take 250."""
+    llama(44, hidden_size=512, intermediate_size=2048, num_attention_heads=8).save_pretrained(
+        tmp_path / "dense", max_shard_size="200MB"
+    )
+    np.save(tmp_path / "tokens.npy", ROWS.numpy())
+    size = sum(path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors"))
+    assert size > 600e6
+    words = ["prune", tmp_path / "dense", tmp_path / "sparse", "--pattern", "2:4", "--metric", "dass", "--update", "none", "--calibration",
+             tmp_path / "tokens.npy", "--num-samples", str(len(ROWS)), "--sequence-length", str(ROWS.shape[1])]  # fmt: skip
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    for more, works in (([], False), (["--stream"], True)):
+        command = [sys.executable, "-c", LIMITED, "600000000", *map(str, words), *more]
+        done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900)
+        assert (done.returncode == 0) == works, done.stderr
+        assert (tmp_path / "sparse").exists() == works

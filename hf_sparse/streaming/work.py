@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,16 @@ class Work:
         """Take out what stands there without an entry that tells of it."""
         for path in (self.model, self.compressed, self.aside):
             shutil.rmtree(path, ignore_errors=True)
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Of what is going to be the result, keep the weights: what stands beside them may be the half of an earlier attempt."""
+        shutil.rmtree(self.compressed, ignore_errors=True)
+        self.compressed.mkdir()
+        for path in self.model.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in names:
+                path.unlink()
 
     def remove(self) -> None:
         """Nothing is left to do."""
