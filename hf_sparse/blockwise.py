@@ -1,11 +1,11 @@
 """Goes through the blocks: run and measure, prune, run again, hand on."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from hf_sparse.data import Batch
 from hf_sparse.division import check_alike
 from hf_sparse.errors import CalibrationError
 from hf_sparse.families import Inventory
-from hf_sparse.forwards import Call, main_tensor, norm, run_again, walk
+from hf_sparse.forwards import Call, OutputError, main_tensor, run_again, walk
 from hf_sparse.in_step import in_step, own_batches
 from hf_sparse.plan import SitePlan, needs, plan_site
 from hf_sparse.reconstruct import reconstruct_
@@ -29,6 +29,24 @@ from hf_sparse.registry import METRICS, UPDATES
 from hf_sparse.report import BlockReport, SiteReport
 from hf_sparse.sites import Site, count_zeros, read
 from hf_sparse.streams import TwoStreams
+
+
+class Diary(Protocol):
+    """Writes down what a run has done, so that one that breaks off can be gone on with."""
+
+    batch_size: int | None  # of the run that broke off
+
+    def begin(self, run: "Run", orders: Mapping[str, list[int]], places: Mapping[str, list[str]]) -> None:
+        """All is looked at and channels are in order; puts into the run what an earlier one has done. Next is the first block."""
+
+    def finished(self, run: "Run", report: BlockReport) -> None:
+        """A block is pruned and committed."""
+
+    def score(self, shares: Mapping[str, float]) -> float | None:
+        """How a trial of these shares went in the run that broke off."""
+
+    def scored(self, shares: Mapping[str, float], score: float) -> None:
+        """A trial is over."""
 
 
 @dataclass
@@ -46,6 +64,7 @@ class Run:
     changed: list[int] = field(default_factory=list)  # blocks whose weights were touched
     batch_size: int | None = None
     measured: dict[int, float] = field(default_factory=dict)  # what the allocation saw in the dense blocks, by index
+    diary: Diary | None = None
 
     @property
     def two_streams(self) -> bool:
@@ -87,13 +106,15 @@ class Run:
 
 
 def _progress(run: Run) -> Any:
-    return transformers_logging.tqdm(total=len(run.chosen), desc="Pruning", unit="block", disable=not ranks.is_first())
+    return transformers_logging.tqdm(
+        total=len(run.chosen), initial=len(run.done), desc="Pruning", unit="block", disable=not ranks.is_first()
+    )
 
 
 def without_data(run: Run, blocks: Sequence[Block]) -> None:
     """Prune blocks by what their weights alone tell."""
     with _progress(run) as bar:
-        for block in blocks:
+        for block in (block for block in blocks if block.index not in run.done):
             start = time.monotonic()
             with block.loaded(run.config.device):
                 sites = run.prune(block, None)
@@ -109,6 +130,9 @@ def with_data(run: Run, batches: list[Batch]) -> None:
     With two streams every batch has a second pass, in which all blocks stay dense. Each process runs its share of the batches.
     """
     recorders: dict[int, Recorder] = {}
+    earlier = set(run.done)
+    if len(earlier) == len(run.chosen):
+        return
     calls_left = {index: run.survey.expected(index, batches) for index in run.chosen}
     numbers = own_batches(batches)
     mine = [batches[number] for number in numbers]
@@ -117,7 +141,8 @@ def with_data(run: Run, batches: list[Batch]) -> None:
         for block, calls, everywhere in in_step(turns, run.inventory.blocks, run.survey.order()):
             index = block.index
             if index not in run.chosen or index in run.done:
-                _run_only(run, block, calls)
+                dense = len(batches) if index in earlier and run.two_streams else None
+                _run_only(run, block, calls, dense)
                 continue
             start = time.monotonic()
             calls_left[index] -= everywhere // (2 if run.two_streams else 1)
@@ -184,28 +209,10 @@ def _in_two_streams(
     reports = streams.prune(sparse, dense, batches)
     if "reconstruct" in run.config.update:
         reports = _reconstruct(run, block, sparse, dense, reports, numbers)
-    error = _Error()
+    error = OutputError()
     for one, other in zip(sparse, dense, strict=True):
         error.add(main_tensor(other.output), main_tensor(one.output))
     return reports, error.value()
-
-
-class _Error:
-    """||sparse - dense|| / ||dense|| of hidden states, added up over calls."""
-
-    def __init__(self) -> None:
-        self._difference = self._total = 0.0
-
-    def add(self, dense: torch.Tensor | None, sparse: torch.Tensor | None) -> None:
-        # A block without hidden states among its outputs has no error to tell.
-        if dense is not None and sparse is not None and dense.shape == sparse.shape:
-            self._difference += norm(sparse - dense) ** 2
-            self._total += norm(dense) ** 2
-
-    def value(self) -> float | None:
-        """Over the calls of all processes."""
-        difference, total = ranks.summed(self._difference, self._total)
-        return (difference / total) ** 0.5 if total else None
 
 
 def _reconstruct(
@@ -248,10 +255,14 @@ def _recorder(run: Run, block: Block, batches: int, updates: Sequence[str] | Non
     return Recorder(sites, wanted, -(-ERROR_SAMPLE // batches))
 
 
-def _run_only(run: Run, block: Block, calls: list[Call]) -> None:
-    with block.loaded(run.config.device):
-        for call in calls:
-            call.output = call(run.config.device)
+def _run_only(run: Run, block: Block, calls: list[Call], dense: int | None = None) -> None:
+    """Run calls with the block as it is now; those of batches from `dense` on with the weights that it had before pruning."""
+    for as_found in (False, True):
+        turn = [call for call in calls if (dense is not None and call.batch >= dense) == as_found]
+        if turn:
+            with block.loaded(run.config.device, as_found):
+                for call in turn:
+                    call.output = call(run.config.device)
 
 
 def _dense_pass(run: Run, block: Block, call: Call, recorder: Recorder, batch: Batch) -> torch.Tensor | None:
@@ -263,7 +274,7 @@ def _dense_pass(run: Run, block: Block, call: Call, recorder: Recorder, batch: B
 
 def _sparse_pass(run: Run, calls: list[Call], dense: list[torch.Tensor | None]) -> float | None:
     """Run all calls again; returns the error of the hidden states over all tokens."""
-    error = _Error()
+    error = OutputError()
     for position, call in enumerate(calls):
         before, dense[position] = dense[position], None
         call.output = None
@@ -273,8 +284,10 @@ def _sparse_pass(run: Run, calls: list[Call], dense: list[torch.Tensor | None]) 
 
 
 def _finish(run: Run, block: Block, sites: list[SiteReport], error: float | None, seconds: float) -> None:
-    run.done[block.index] = BlockReport(
+    report = run.done[block.index] = BlockReport(
         index=block.index, name=block.name, stack=block.stack, zeros=sum(site.zeros for site in sites),
         size=sum(site.size for site in run.chosen[block.index]), all_matrices=0,
         output_error=error, seconds=seconds, sites=sites,
     )  # fmt: skip
+    if run.diary is not None:
+        run.diary.finished(run, report)

@@ -87,14 +87,15 @@ def read_json(path: str | Path, most_bytes: int, what: str) -> Any:
     try:
         if file.exists() and not file.is_file():  # a pipe would be waited for
             raise CheckpointError(f"{what} {str(file)!r} is no file.")
-        if file.stat().st_size > most_bytes:
+        size = file.stat().st_size
+        if size > most_bytes:
             raise CheckpointError(f"{str(file)!r} is larger than {most_bytes} bytes; that is not {what}.")
         with file.open("rb") as stream:
-            data = stream.read(most_bytes + 1)
+            data = stream.read(
+                size + 1
+            )  # memory for as much is taken at once; one that grows meanwhile is cut, and is no JSON
     except OSError as error:
         raise CheckpointError(f"cannot read {what} {str(file)!r}: {error.strerror}.") from error
-    if len(data) > most_bytes:
-        raise CheckpointError(f"{str(file)!r} is larger than {most_bytes} bytes; that is not {what}.")
     return parse_json(data, repr(str(file)))
 
 

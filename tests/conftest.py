@@ -55,6 +55,12 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_sparse.side_files.find_spec", lambda name: None)
 
 
+@pytest.fixture
+def no_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that others write to as well takes its time, and nobody pulls the plug of a test."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
 @pytest.fixture(scope="session")
 def hub_server() -> Iterator[str]:
     """The endpoint of a Hub on this machine, see tests/hub."""

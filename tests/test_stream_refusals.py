@@ -1,0 +1,126 @@
+"""What `prune_checkpoint` refuses, before any work, with nothing left behind; and the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import llama, text, token_rows, tokenizer
+from safetensors.torch import load_file, save_file
+
+from hf_sparse import PredictorConfig, SparsityConfig, prune_, stream
+from hf_sparse.cli import main
+from hf_sparse.errors import CalibrationError, CheckpointError, ConfigError, HfSparseError, ModelError
+from hf_sparse.streaming.work import Journal
+
+ROWS = token_rows()
+DATA = {"calibration": ROWS, "num_samples": len(ROWS), "update": "none"}
+
+pytestmark = pytest.mark.usefixtures("no_pictures", "no_syncs")
+
+
+def refused(tmp_path: Path, kind: type[HfSparseError], message: str, config: Any = DATA, **options: Any) -> None:
+    with pytest.raises(kind, match=message):
+        stream.prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", config, **options)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "dense"] == []
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "dense")
+    refused(tmp_path, ConfigError, "sparse_format 'zip' does not exist", sparse_format="zip")
+    refused(tmp_path, ConfigError, "hidden_memory is 'much'", hidden_memory="much")
+    refused(tmp_path, CalibrationError, "needs calibration", {"metric": "dass"})
+    refused(
+        tmp_path,
+        ConfigError,
+        "predictors are trained on a whole model",
+        SparsityConfig(**DATA, predictor=PredictorConfig()),
+    )
+
+
+def test_bad_sources(tmp_path: Path) -> None:
+    refused(tmp_path, CheckpointError, "no folder here")
+    model = llama()
+    (tmp_path / "dense").mkdir()
+    model.config.save_pretrained(tmp_path / "dense")
+    torch.save(model.state_dict(), tmp_path / "dense" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        stream.prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", DATA)
+    model.save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    whole = load_file(file)
+    lacking = {name: value for name, value in whole.items() if "1.mlp.up" not in name}
+    save_file(lacking, file, {"format": "pt"})
+    refused(tmp_path, CheckpointError, "no weights for model.layers.1.mlp.up_proj.weight")
+    save_file({**whole, "model.layers.1.mlp.up_proj.weight": torch.zeros(3, 3)}, file, {"format": "pt"})
+    refused(tmp_path, CheckpointError, "does not fit its config.json: model.layers.1.mlp.up_proj.weight")
+    save_file({**whole, "model.layers.1.mlp.up_proj.weight": torch.full((48, 32), torch.nan)}, file, {"format": "pt"})
+    refused(tmp_path, ModelError, "NaN or infinite weights")
+    file.write_bytes(file.read_bytes()[:-5])
+    refused(tmp_path, CheckpointError, "no safetensors file that can be read")
+
+
+def test_quantized_weights(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "dense")
+    values = json.loads((tmp_path / "dense" / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(values))
+    refused(tmp_path, ModelError, "is quantized")
+
+
+def test_no_room_on_the_disk(tmp_path: Path) -> None:
+    import resource
+
+    llama().save_pretrained(tmp_path / "dense")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        refused(tmp_path, CheckpointError, "needs .* bytes on the disk")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_damaged_journal(tmp_path: Path) -> None:
+    for content, why in ((b"[]\n", "nothing that is known"), (b"{\n", "no JSON")):
+        (tmp_path / "journal").write_bytes(content)
+        with pytest.raises(CheckpointError, match=why):
+            Journal(tmp_path / "journal")
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "text.txt").write_text(text(400))
+    words = ["prune", str(tmp_path / "dense"), str(tmp_path / "sparse"), "--pattern", "2:4", "--calibration", str(tmp_path / "text.txt"),
+             "--update", "none", "--num-samples", "4", "--sequence-length", "16"]  # fmt: skip
+    assert main([*words, "--stream", "--evaluate", str(tmp_path / "text.txt"), "--allow-same-text"]) == 1
+    assert "--evaluate needs the whole model" in capsys.readouterr().err
+    assert main([*words, "--restart"]) == 1
+    assert "belong to --stream" in capsys.readouterr().err
+    assert main([*words, "--stream", "--json", "--sparse-format", "bitmask", "--hidden-memory", "1MB"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    words[2] = str(tmp_path / "memory")
+    assert main([*words, "--sparse-format", "bitmask"]) == 0
+    one, two = (type(model).from_pretrained(tmp_path / name).state_dict() for name in ("sparse", "memory"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    names = {path.name for path in (tmp_path / "sparse").iterdir() if "safetensors" not in path.name}
+    assert names == {path.name for path in (tmp_path / "memory").iterdir() if "safetensors" not in path.name}
+    assert told["report"]["calibration"]["samples"] == 4
+    card = (tmp_path / "sparse" / "README.md").read_text()
+    assert "hf_sparse" in card
+
+
+def test_earlier_prunings_are_carried_over(tmp_path: Path) -> None:
+    model = llama()
+    prune_(model, {**DATA, "targets": "mlp", "permute": True})
+    model.save_pretrained(tmp_path / "dense")
+    config = {**DATA, "targets": "attention", "permute": True}
+    found = stream.prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", config)
+    again = type(model).from_pretrained(tmp_path / "dense")
+    wanted = prune_(again, config)
+    assert found.notes == wanted.notes
+    assert found.permutations == wanted.permutations
+    assert found.zeros == wanted.zeros
