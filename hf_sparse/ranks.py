@@ -192,6 +192,12 @@ def _gathered(value: Any) -> list[Any]:
     return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)]
 
 
+def meet() -> None:
+    """Wait until all processes are here; raises where one of them has failed meanwhile."""
+    if _local.meeting is not None:
+        _meet()
+
+
 def gather(value: T) -> list[T]:
     """What each process gives, by rank; plain data, of which tuples arrive as lists."""
     if _local.meeting is None:

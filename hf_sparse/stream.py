@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 
-from hf_sparse import contextual, environment
+from hf_sparse import contextual, environment, ranks
 from hf_sparse.config import SparsityConfig
 from hf_sparse.convert import convert, files_beside
 from hf_sparse.destination import check_destination, put_in_place
@@ -70,39 +70,46 @@ def prune_checkpoint(
         dtype: load in, and write, another number format. Without it, as `from_pretrained` does, and files keep theirs.
         revision, token, cache_dir, trust_remote_code: as `from_pretrained` takes them.
 
+    Where a group of processes is initialised, all of them call this and share the work, as with `prune_`; the first one writes, and
+    the destination has to be on a disk that all of them see.
+
     Raises: ConfigError, ModelError, CalibrationError and CheckpointError before anything is pruned, also where an interrupted run
         was begun with other settings or another run is under way; PruningInterrupted where pruning fails later.
     """
-    config = SparsityConfig.of(config)
-    config.check_calibration()
-    _check(config, sparse_format)
-    limit = _size(hidden_memory)
-    destination = Path(destination)
-    options: dict[str, Any] = {
-        name: value
-        for name, value in {"revision": revision, "token": token, "cache_dir": cache_dir}.items()
-        if value is not None
-    }
-    with working(destination, restart) as work:
-        if work.journal.last("complete") is None:
-            try:
-                check_destination(destination, overwrite, [str(source)])
-                folder = _folder(str(source), options)
-                if trust_remote_code:
-                    options["trust_remote_code"] = True
-                _prune(folder, str(source), work, config, tokenizer, options, dtype, sparse_format, limit)
-            except BaseException:
-                if (
-                    work.journal.last("begin") is None and work.journal.last("measured") is None
-                ):  # nothing to go on from
-                    work.remove()
-                raise
-        fresh = work.compressed if (work.compressed / CONFIG).is_file() else work.model
-        if (fresh / CONFIG).is_file():
-            put_in_place(fresh, destination.absolute(), work.old)
-        report = Report.load(destination)
-        work.remove()
-        return report
+    with ranks.together():
+        config = SparsityConfig.of(config)
+        config.check_calibration()
+        _check(config, sparse_format)
+        limit = _size(hidden_memory)
+        destination = Path(destination)
+        options: dict[str, Any] = {
+            name: value
+            for name, value in {"revision": revision, "token": token, "cache_dir": cache_dir}.items()
+            if value is not None
+        }
+        with working(destination, restart) as work:
+            if work.journal.last("complete") is None:
+                try:
+                    if work.writes:
+                        check_destination(destination, overwrite, [str(source)])
+                    folder = _folder(str(source), options)
+                    if trust_remote_code:
+                        options["trust_remote_code"] = True
+                    _prune(folder, str(source), work, config, tokenizer, options, dtype, sparse_format, limit)
+                except BaseException:
+                    if (
+                        work.journal.last("begin") is None and work.journal.last("measured") is None
+                    ):  # nothing to go on from
+                        work.remove()
+                    raise
+            fresh = work.compressed if (work.compressed / CONFIG).is_file() else work.model
+            ranks.meet()
+            if work.writes and (fresh / CONFIG).is_file():
+                put_in_place(fresh, destination.absolute(), work.old)
+            ranks.meet()
+            report = Report.load(destination)
+            work.remove()
+            return report
 
 
 def _check(config: SparsityConfig, sparse_format: str | None) -> None:
@@ -160,6 +167,8 @@ def _prune(
                 error.blocks,
             ) from error
         report.seconds += session.earlier
+        if not work.writes:
+            return
         weights.complete()
         work.keep_only(headers)
         write_index(folder, work.model, weights, dtype is not None)
@@ -215,11 +224,11 @@ def _begin(
 ) -> None:  # fmt: skip
     """Write down what is begun, or see that it is what was begun before."""
     versions = environment.versions()
-    now = {
+    now = ranks.from_first({
         "format": FORMAT, "source": source, "config": config.resolved().to_dict(), "dtype": None if dtype is None else str(dtype),
         "sparse_format": sparse_format or "dense", "files": files_told([folder / CONFIG, *weights.inputs.paths], weights),
         "versions": {name: versions[name] for name in ("hf_sparse", "torch", "transformers") if name in versions},
-    }  # fmt: skip
+    })  # fmt: skip
     known = work.journal.last("start")
     if known is not None:
         check_same(known, now, work.destination)

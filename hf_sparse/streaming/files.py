@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_sparse import ranks
 from hf_sparse.errors import CheckpointError
 from hf_sparse.remote.headers import LENGTH_BYTES, Tensor, header_length, parse_header
 from hf_sparse.replace import take_room
@@ -146,21 +147,32 @@ class Inputs:
 
 
 class Outputs:
-    """Weight files of a known layout, with room for every tensor, into which tensors are written in any order."""
+    """Weight files of a known layout, with room for every tensor, into which tensors are written in any order.
+
+    Of several processes the first makes and writes them; the others read what it has written.
+    """
 
     def __init__(self, folder: Path, headers: Mapping[str, Header]) -> None:
         """Make the files that are not there yet; room is taken now, so that a full disk shows before any work is done."""
+        self._writes = ranks.is_first()
+        if not self._writes:
+            ranks.meet()  # they are there
         self._handles: dict[str, int] = {}
         self._places = {name: tensor for header in headers.values() for name, tensor in header.tensors.items()}
         try:
             for name, header in headers.items():
                 path = folder / name
+                if not self._writes:
+                    self._handles[name] = os.open(path, os.O_RDONLY)
+                    continue
                 known = path.is_file() and path.stat().st_size == header.file_size
                 handle = self._handles[name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
                 if not known or os.pread(handle, len(header.content), 0) != header.content:
                     _take_room(handle, header.file_size, path)
                     _write_from(handle, memoryview(header.content), 0)
             self.sync()
+            if self._writes:
+                ranks.meet()
         except BaseException:
             self.close()
             raise
@@ -172,6 +184,8 @@ class Outputs:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the values of a tensor in the number format of its place."""
+        if not self._writes:
+            return
         place = self._places[name]
         if tuple(tensor.shape) != place.shape:
             raise CheckpointError(
@@ -182,6 +196,8 @@ class Outputs:
 
     def copy(self, name: str, stored: FileTensor | StoredTensor) -> None:
         """Write a tensor as it is stored elsewhere, byte for byte where the number format is the same."""
+        if not self._writes:
+            return
         place = self._places[name]
         if not isinstance(stored, FileTensor) or stored.get_dtype() != place.dtype:
             self.write(name, stored[...])
@@ -196,7 +212,7 @@ class Outputs:
 
     def sync(self) -> None:
         """What was written stays, whatever happens to the machine."""
-        for handle in self._handles.values():
+        for handle in self._handles.values() if self._writes else ():
             os.fsync(handle)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hf_sparse import ranks
 from hf_sparse.blocks import find_blocks, set_source
 from hf_sparse.errors import CheckpointError, ModelError
 from hf_sparse.replace import sync
@@ -157,6 +158,7 @@ class Weights:
             self._keep(self.keep_in, group.name, group.state())
             return
         self._store(group.keys, group.state())
+        ranks.meet()  # no process reads them before they are there
         self.written.add(group.name)
 
     def keep_outside(self, folder: Path) -> None:
@@ -165,11 +167,17 @@ class Weights:
 
     def _keep(self, folder: Path, name: str, state: Mapping[str, torch.Tensor]) -> None:
         file = folder / f"{name or 'outside'}.safetensors"
+        if ranks.is_first():
+            self._save(file, state)
+        ranks.meet()  # all of them read it from now on
+        self.aside[name] = file
+
+    @staticmethod
+    def _save(file: Path, state: Mapping[str, torch.Tensor]) -> None:
         fresh = file.with_suffix(".partial")
         save_file({full: tensor.contiguous().clone() for full, tensor in state.items()}, fresh)
         sync(fresh)
         os.replace(fresh, file)
-        self.aside[name] = file
 
     def take_aside(self, files: Mapping[str, Path]) -> None:
         """Go on with weights that an interrupted run kept aside."""
@@ -190,6 +198,8 @@ class Weights:
 
     def _store(self, keys: Iterable[str], state: Mapping[str, torch.Tensor]) -> None:
         """Write tensors into the output: as they are in the source, byte for byte, where their values have not changed."""
+        if not ranks.is_first():
+            return
         made = self.conversion.reversed(list(keys), state)
         for key in keys:
             stored = self.inputs.tensors[key]

@@ -4,11 +4,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hf_sparse import ranks
 from hf_sparse.errors import CheckpointError
 from hf_sparse.recovery import writable
 
@@ -17,11 +18,19 @@ _LARGEST = 2**30  # bytes of a journal; orders of channels are most of it
 
 
 class Journal:
-    """Lines of JSON, each on the disk before what follows from it; a last line that is not whole was never written."""
+    """Lines of JSON, each on the disk before what follows from it; a last line that is not whole was never written.
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self.entries: list[dict[str, Any]] = []
+    Without a file it is that of another process, which writes it: `entries` are what stands there when this one begins.
+    """
+
+    def __init__(self, file: Path | None, entries: Sequence[dict[str, Any]] = ()) -> None:
+        self.entries: list[dict[str, Any]] = list(entries)
+        self._handle: int | None = None
+        if file is not None:
+            self._file = file
+            self._open(file)
+
+    def _open(self, file: Path) -> None:
         whole = 0
         if file.exists():
             if file.stat().st_size > _LARGEST:
@@ -52,6 +61,9 @@ class Journal:
     def add(self, kind: str, values: Mapping[str, Any]) -> None:
         """Write an entry; it is on the disk when this returns."""
         entry = {"kind": kind, **values}
+        if self._handle is None:
+            self.entries.append(entry)
+            return
         line = memoryview((json.dumps(entry, separators=(",", ":")) + "\n").encode("utf-8"))
         while line:
             line = line[os.write(self._handle, line) :]
@@ -59,26 +71,46 @@ class Journal:
         self.entries.append(entry)
 
     def close(self) -> None:
-        os.close(self._handle)
+        if self._handle is not None:
+            os.close(self._handle)
 
 
 class Work:
-    """The folder beside the destination; nobody else works in it as long as this one is open."""
+    """The folder beside the destination; no other run works in it as long as this one is open.
+
+    Of several processes of one run the first writes there, and the others read; all of them open it.
+    """
 
     def __init__(self, destination: Path, restart: bool) -> None:
         self.destination = destination
+        self.writes = ranks.is_first()
         self.path = work_folder(destination)
         self.model, self.compressed = self.path / "model", self.path / "compressed"
         self.aside, self.old = self.path / "aside", self.path / "old"
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path / "lock", destination)
+        self._lock: int | None = None
         try:
-            if restart:
-                self.empty()
-            self.journal = Journal(self.path / "journal.jsonl")
+            if self.writes:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = _locked(self.path / "lock", destination)
+                if restart:
+                    self.empty()
+                self.journal = Journal(self.path / "journal.jsonl")
+            entries = ranks.from_first(self.journal.entries if self.writes else [])
+            if not self.writes:
+                self.journal = Journal(None, entries)
+            if not self.path.is_dir():
+                raise CheckpointError(
+                    f"process {ranks.rank()} does not see {str(self.path)!r}, in which the first one works; give a destination on a disk that "
+                    "all machines share."
+                )
         except BaseException:
-            os.close(self._lock)
+            self._unlock()
             raise
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def empty(self) -> None:
         """Take out all that an earlier run has left, but for a destination that was set aside."""
@@ -92,11 +124,15 @@ class Work:
 
     def empty_but_journal(self) -> None:
         """Take out what stands there without an entry that tells of it."""
+        if not self.writes:
+            return
         for path in (self.model, self.compressed, self.aside):
             shutil.rmtree(path, ignore_errors=True)
 
     def keep_only(self, names: Collection[str]) -> None:
         """Of what is going to be the result, keep the weights: what stands beside them may be the half of an earlier attempt."""
+        if not self.writes:
+            return
         shutil.rmtree(self.compressed, ignore_errors=True)
         self.compressed.mkdir()
         for path in self.model.iterdir():
@@ -107,11 +143,12 @@ class Work:
 
     def remove(self) -> None:
         """Nothing is left to do."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self.writes:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
         self.journal.close()
-        os.close(self._lock)
+        self._unlock()
 
 
 def work_folder(destination: Path) -> Path:
