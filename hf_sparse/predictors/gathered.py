@@ -71,8 +71,7 @@ class Gathered(Masked):
     """The forwards of the modules that skip, and the rows that are chosen for the tokens of the pass at hand."""
 
     name = "gathered"
-    # Methods in which, beside the own ones of the predictor, scores become choices.
-    PARTS = ("_tell", "_choose_by_gate", "_chosen")
+    PARTS = ("_tell", "_choose_by_gate", "_chosen")  # in which, beside the predictor's own, scores become choices
 
     def __init__(self, model: nn.Module, predictor: Predictor, selection: Selection, every: int) -> None:
         super().__init__(model, predictor, selection, every, "dense")
@@ -109,9 +108,8 @@ class Gathered(Masked):
                 yield in_rows(module, columns=False)
 
     def _by_stripes(self, feed: Feed, module: nn.Linear) -> bool:
-        by_gate = (
-            isinstance(self.predictor, GateFirst) and feed.fused
-        )  # which takes the gate's rows and the others apart
+        # Which takes the gate's rows and the others apart.
+        by_gate = isinstance(self.predictor, GateFirst) and feed.fused
         return is_packed(module) and not by_gate and feed.fills_stripes(module, self.layout.neuron_block)
 
     def _stripes(self, position: int, rows: Rows) -> torch.Tensor:

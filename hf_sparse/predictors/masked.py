@@ -13,6 +13,7 @@ from hf_sparse.config.serialise import whole
 from hf_sparse.errors import ConfigError, ModelError, unknown
 from hf_sparse.forwards import main_tensor
 from hf_sparse.predictors.criteria import Scores, criterion_of
+from hf_sparse.predictors.held import Held
 from hf_sparse.predictors.networks import GateFirst, Oracle, Predictor
 from hf_sparse.predictors.running import as_run
 from hf_sparse.predictors.select import Selection
@@ -102,8 +103,7 @@ class Masked:
         self.scores: dict[int, Scores] = {}  # what they were chosen by
         self._every, self._prompt, self._softness = every, prompt, softness
         self._start, self._on, self._dense_pass = 0, False, False
-        # Scores that were chosen by, at the places where choices are made in the last pass; one row for each sequence.
-        self._held: dict[tuple[int, str], dict[int, torch.Tensor]] = {}
+        self._held = Held(every)
         self._check()
         oracle = isinstance(predictor, Oracle)
         self._scorer = Scorer(model, self.units, criterion_of(predictor.criterion)) if oracle else None
@@ -257,36 +257,18 @@ class Masked:
             return scores
         return Scores(
             *[
-                None if value is None else self._hold((position, kind), value)
+                None if value is None else self._held((position, kind), value, self._start)
                 for kind, value in zip(("neurons", "heads"), scores)
             ]
         )
 
     def reorder(self, own: Callable[[Any, torch.Tensor], Any] | None, cache: Any, beams: torch.Tensor) -> Any:
         """Let the cache, and the choices that still hold, follow the beams: row i becomes what row `beams[i]` was."""
-        for held in self._held.values():
-            held.update({place: scores.index_select(0, beams.to(scores.device)) for place, scores in held.items()})
+        self._held.reorder(beams)
         if own is not None:
             return own(cache, beams)
         cache.reorder_cache(beams)
         return cache
-
-    def _hold(self, key: tuple[int, str], scores: torch.Tensor) -> torch.Tensor:
-        """Scores (..., tokens, units) -> those that hold at each token.
-
-        The places of choices are multiples of `refresh_every`. Those of the last pass are remembered, all of them: when a
-        guess is taken back (assisted decoding), the next pass begins in the midst of this one.
-        """
-        every, length = self._every, scores.shape[-2]
-        first = self._start // every * every
-        held = self._held.get(key, {})
-        known = {first: held[first]} if first in held and held[first].shape[:-2] == scores.shape[:-2] else {}
-        known = known or {first: scores[..., :1, :]}  # nothing to go by: the first token that is seen is chosen for
-        for place in range(-(-self._start // every) * every, self._start + length, every):
-            known[place] = scores[..., place - self._start : place - self._start + 1, :]
-        self._held[key] = known
-        places = torch.arange(self._start, self._start + length, device=scores.device)
-        return torch.cat(list(known.values()), -2).index_select(-2, places // every - first // every)
 
 
 def through(mask: torch.Tensor, scores: torch.Tensor, softness: float) -> torch.Tensor:
