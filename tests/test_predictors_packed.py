@@ -23,6 +23,7 @@ from hf_sparse.errors import KernelError, ModelError
 from hf_sparse.predictors import gathered as ways
 from hf_sparse.predictors.gathered import gathered
 from hf_sparse.predictors.masked import masked
+from hf_sparse.predictors.saving import Saved, print_of
 from hf_sparse.predictors.units import module_of
 from hf_sparse.runtime import sparse_modules
 from hf_sparse.runtime.forms import ArrangedForm, PackedForm
@@ -151,7 +152,8 @@ def test_no_dense_copies_stay(tmp_path: Path) -> None:
 
 def carrying(folder: Path, model: Any) -> Any:
     """The same predictor for all."""
-    attach_(model, untrained(pruned(), folder, neuron_block=16), CONFIG)
+    predictor = untrained(pruned(), folder, neuron_block=16)
+    attach_(model, Saved(predictor=predictor, config=CONFIG, trained_on=print_of(pruned(), predictor)))
     return model
 
 
