@@ -91,7 +91,9 @@ def read_json(path: str | Path, most_bytes: int, what: str) -> Any:
         if size > most_bytes:
             raise CheckpointError(f"{str(file)!r} is larger than {most_bytes} bytes; that is not {what}.")
         with file.open("rb") as stream:
-            data = stream.read(size + 1)  # memory for as much is taken at once; one that grows meanwhile is cut, and is no JSON
+            data = stream.read(
+                size + 1
+            )  # memory for as much is taken at once; one that grows meanwhile is cut, and is no JSON
     except OSError as error:
         raise CheckpointError(f"cannot read {what} {str(file)!r}: {error.strerror}.") from error
     return parse_json(data, repr(str(file)))
