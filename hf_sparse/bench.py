@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_sparse import checkpoint, environment, native
+from hf_sparse.contextual import predictors_paused
 from hf_sparse.errors import ConfigError, ModelError
 from hf_sparse.execution import is_transposed, use_sparse_kernels_
 from hf_sparse.runtime import ArrangedForm, Form, PackedForm, StackedForm, hold_, refuse_sparse
@@ -82,11 +83,19 @@ def bench(
 ) -> Bench:  # fmt: skip
     """Measure a pruned model, which is left as it is: its matrices, generating `new_tokens`, and reading `prefill` tokens.
 
-    `seconds` is spent on each matrix and number of tokens, `rounds` runs of the whole model, at least 5, are timed.
+    `seconds` is spent on each matrix and number of tokens, `rounds` runs of the whole model, at least 5, are timed. Predictors that the
+    model carries are off meanwhile.
 
     Raises: ModelError where no matrix can run sparse, with the reasons, or all do already.
     """
     inner = checkpoint.unwrap(model)
+    with predictors_paused(inner, "be measured"):
+        return _bench(inner, name, tokens, prompt, new_tokens, prefill, seconds, rounds)
+
+
+def _bench(
+    inner: Any, name: str, tokens: Sequence[int], prompt: int, new_tokens: int, prefill: int, seconds: float, rounds: int
+) -> Bench:  # fmt: skip
     refuse_sparse(inner, "be compared with what it was")
     _check_room(inner, prompt + new_tokens)
     sparse = shared_copy(inner)

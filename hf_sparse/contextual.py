@@ -18,9 +18,9 @@ from hf_sparse.config import PredictorConfig
 from hf_sparse.errors import ConfigError, ModelError, unknown
 from hf_sparse.predictors import saving
 from hf_sparse.predictors.criteria import criterion_of
-from hf_sparse.predictors.gathered import gathered
+from hf_sparse.predictors.gathered import Gathered
 from hf_sparse.predictors.layout import Layout
-from hf_sparse.predictors.masked import masked, runs_now
+from hf_sparse.predictors.masked import Masked, runs_now, switched_on
 from hf_sparse.predictors.networks import Predictor, kind_of
 from hf_sparse.predictors.recording import record
 from hf_sparse.predictors.saving import Saved
@@ -166,15 +166,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _run(model: Any, predictor: Predictor, selection: Selection, every: int) -> ExitStack:
     """Switches a predictor on: gathered, which leaves work out; where a model's modules do not allow that, masked, which says so."""
-    running = ExitStack()
     try:
-        running.enter_context(gathered(model, predictor, selection, refresh_every=every))
+        return switched_on(Gathered(model, predictor, selection, every))
     except ModelError as error:
         _log.warning(
             "the predictors choose, but save no time, as what they leave out is computed all the same: %s", error
         )
-        running.enter_context(masked(model, predictor, selection, refresh_every=every))
-    return running
+        return switched_on(Masked(model, predictor, selection, every, "dense"))
 
 
 def _copied(model: Any, memo: dict[int, Any]) -> Any:

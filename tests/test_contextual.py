@@ -1,6 +1,7 @@
 """Models carry predictors: trained for them, on when tokens are generated, saved, pushed, loaded, copied and switched off."""
 
 import copy
+import gc
 import logging
 import os
 import subprocess
@@ -161,6 +162,17 @@ def test_a_copy_has_predictors_of_its_own() -> None:
     detach(model)
     assert torch.equal(tokens(other), expected)
     assert torch.equal(tokens(model), tokens(llama()))
+
+
+def test_a_model_that_is_thrown_away_lets_its_weights_be() -> None:
+    """What runs while garbage is collected may find half of the model gone."""
+    model = carrying()
+    weight = model.model.layers[1].mlp.down_proj.weight
+    laid = weight.stride()
+    assert laid == (1, weight.shape[0])  # column after column
+    del model
+    gc.collect()
+    assert weight.stride() == laid
 
 
 def test_what_cannot_be() -> None:

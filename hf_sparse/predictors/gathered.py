@@ -1,7 +1,7 @@
 """Gathered execution: what is left out is neither computed nor read from memory, in the passes that decode one token at a time."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,24 +12,24 @@ from hf_sparse.families import find_sites
 from hf_sparse.native.largest import largest
 from hf_sparse.native.layout import STRIPE_ROWS
 from hf_sparse.predictors.criteria import Scores
-from hf_sparse.predictors.masked import Masked, check_ready, switched_on
+from hf_sparse.predictors.masked import Masked, switched_on
 from hf_sparse.predictors.networks import TELLS, GateFirst, Oracle, Predictor
 from hf_sparse.predictors.rows import (
     Rows,
     counted_from,
     dots,
-    in_rows,
+    hold_in_rows,
     in_runs,
     is_packed,
+    lay_by_columns,
     rows_of_mask,
     stripe_dots,
     stripes_of,
     sums,
-    transposed,
     whole,
-)
+)  # fmt: skip
 from hf_sparse.predictors.select import Selection, top
-from hf_sparse.predictors.skipping import Feed, Forward, Heads, replaced
+from hf_sparse.predictors.skipping import Feed, Forward, Heads, replace_forward
 from hf_sparse.predictors.units import BlockUnits, activation_of
 
 LEAST_WEIGHTS = 1 << 18  # of a query or output projection: a smaller one is done before its rows are put together
@@ -47,18 +47,8 @@ def gathered(
 
     Raises: ModelError as `masked`, and for modules whose rows cannot be read one by one; ConfigError for an oracle.
     """
-    check_ready(model, refresh_every)
-    if isinstance(predictor, Oracle):
-        raise ConfigError(
-            'kind="oracle" measures texts without a cache; it cannot generate. Take hf_sparse.predictors.masked.'
-        )
     running = Gathered(model, predictor, selection, refresh_every)
-    with ExitStack() as stack:
-        stack.enter_context(switched_on(running))
-        for prepared in running.prepared():
-            stack.enter_context(prepared)
-        for module, forward in running.forwards():
-            stack.enter_context(replaced(module, forward))
+    with switched_on(running):
         yield running
 
 
@@ -74,6 +64,10 @@ class Gathered(Masked):
     PARTS = ("_tell", "_choose_by_gate", "_chosen")  # in which, beside the predictor's own, scores become choices
 
     def __init__(self, model: nn.Module, predictor: Predictor, selection: Selection, every: int) -> None:
+        if isinstance(predictor, Oracle):
+            raise ConfigError(
+                'kind="oracle" measures texts without a cache, it cannot generate; take hf_sparse.predictors.masked.'
+            )
         super().__init__(model, predictor, selection, every, "dense")
         sites = find_sites(model).sites
         self._rows: dict[tuple[int, str], Rows] = {}  # of this pass
@@ -89,12 +83,19 @@ class Gathered(Masked):
             if selection.shares(self.layout, "heads")[position] != 1:
                 self.attentions[position] = Heads(model, block, sites[block.index])
 
-    def prepared(self) -> Iterator[AbstractContextManager[None]]:
-        """What brings weights into an order in which single rows, or single columns, can be read, as long as it lasts."""
+    def switch_on(self, stack: ExitStack) -> None:
+        super().switch_on(stack)
+        for undo in self._lay_weights():
+            stack.callback(undo)
+        for module, forward in self.forwards():
+            stack.callback(replace_forward(module, forward))
+
+    def _lay_weights(self) -> Iterator[Callable[[], None]]:
+        """Bring weights into an order in which single rows, or single columns, can be read; gives what undoes each step."""
         columns = [feed.down for feed in self.feeds.values()]
         columns += [heads.o for heads in self.attentions.values() if large(heads.o)]
         for module in dict.fromkeys(columns):
-            yield in_rows(module, columns=True) if is_packed(module) else transposed(module)
+            yield hold_in_rows(module, columns=True) if is_packed(module) else lay_by_columns(module)
         rows = [
             module
             for feed in self.feeds.values()
@@ -105,7 +106,7 @@ class Gathered(Masked):
         rows += [heads.q for heads in queries if heads.q is not None]
         for module in dict.fromkeys(rows):
             if is_packed(module):  # dense rows can be read as they lie
-                yield in_rows(module, columns=False)
+                yield hold_in_rows(module, columns=False)
 
     def _by_stripes(self, feed: Feed, module: nn.Linear) -> bool:
         # Which takes the gate's rows and the others apart.

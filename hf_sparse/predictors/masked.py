@@ -1,7 +1,7 @@
 """Masked execution: a model computes everything and what is skipped is set to zero. Slow, exact, and the measure for faster ways."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -44,12 +44,21 @@ def masked(
 
     Raises: ModelError for a model in training mode, of another size, or with predictors already on.
     """
-    check_ready(model, refresh_every)
     if prompt not in ("dense", "masked"):
         raise ConfigError(unknown("prompt", prompt, ("dense", "masked")))
     running = Masked(model, predictor, selection, refresh_every, prompt, softness)
     with switched_on(running):
         yield running
+
+
+def switched_on(running: "Masked") -> ExitStack:
+    """A way of running, switched on until what is returned is closed.
+
+    A model may carry that for good and be thrown away with it, and then nothing may run any more: so no generator waits here.
+    """
+    with ExitStack() as stack:
+        running.switch_on(stack)
+        return stack.pop_all()
 
 
 def check_ready(model: nn.Module, refresh_every: int) -> None:
@@ -68,22 +77,6 @@ def runs_now(model: nn.Module) -> str:
     return str(getattr(model, _MARK, ""))
 
 
-@contextmanager
-def switched_on(running: "Masked") -> Iterator[None]:
-    """The hooks of a way of running, for as long as the block lasts."""
-    handles, model = list(running.hooks()), running.model
-    setattr(model, _MARK, running.name)
-    own = getattr(model, "_reorder_cache", None)  # what `generate` calls, if it is there, when beams change places
-    object.__setattr__(model, "_reorder_cache", partial(running.reorder, own))
-    try:
-        yield
-    finally:
-        object.__delattr__(model, "_reorder_cache")
-        delattr(model, _MARK)
-        for handle in handles:
-            handle.remove()
-
-
 class Masked:
     """What is known during one pass of the model: where its tokens stand, and the masks of every block."""
 
@@ -93,6 +86,7 @@ class Masked:
         self, model: nn.Module, predictor: Predictor, selection: Selection, every: int, prompt: str,
         softness: float | None = None,
     ) -> None:  # fmt: skip
+        check_ready(model, every)
         predictor = predictor.to(_device(model))
         self.model, self.selection, self.layout = model, selection, predictor.layout
         self.predictor = (
@@ -128,6 +122,18 @@ class Masked:
             )
 
     # ------------------------------------------------------------------------------------------------ hooks
+
+    def switch_on(self, stack: ExitStack) -> None:
+        """Put the hooks in, and into `stack` what takes them out."""
+        for handle in self.hooks():
+            stack.callback(handle.remove)
+        setattr(self.model, _MARK, self.name)
+        stack.callback(delattr, self.model, _MARK)
+        own = getattr(
+            self.model, "_reorder_cache", None
+        )  # what `generate` calls, if it is there, when beams change places
+        object.__setattr__(self.model, "_reorder_cache", partial(self.reorder, own))
+        stack.callback(object.__delattr__, self.model, "_reorder_cache")
 
     def hooks(self) -> Iterator[Any]:
         """Handles of all hooks, to be removed afterwards."""

@@ -1,7 +1,7 @@
 """The chosen units of the tokens at hand as rows of weights, and products of Linear modules that read those rows only."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -67,7 +67,7 @@ def is_packed(module: nn.Linear) -> bool:
 
 
 def dots(module: nn.Linear, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Outputs of a Linear for the rows (tokens, count) of its weight, which is dense or `in_rows`: (..., count)."""
+    """Outputs of a Linear for the rows (tokens, count) of its weight, which is dense or held in rows: (..., count)."""
     flat = x.view(1, -1) if len(rows) == 1 else x.reshape(len(rows), -1).contiguous()
     products = gather_dots(flat, _rows_of(module), rows, module.bias)
     return products.view(*x.shape[:-1], rows.shape[1])
@@ -96,7 +96,7 @@ def _bias(module: nn.Linear, stripes: torch.Tensor) -> torch.Tensor | None:
 def sums(module: nn.Linear, x: torch.Tensor, rows: Rows) -> torch.Tensor:
     """The product of a Linear with inputs of which only the columns in `rows` are given (..., count).
 
-    Its weight is `transposed`, or `in_rows` so.
+    Its weight is laid by columns, or held so.
     """
     flat = x.reshape(len(rows.indices), -1)
     flat = flat if flat.is_contiguous() else flat.contiguous()
@@ -112,25 +112,24 @@ def _rows_of(module: nn.Linear) -> torch.Tensor | PackedRows:
     return module._held["weight"].rows if isinstance(module, SparseModule) else module.weight  # type: ignore[attr-defined, no-any-return]
 
 
-@contextmanager
-def transposed(module: nn.Linear) -> Iterator[None]:
-    """Inside, a weight (out, in) lies in memory column after column; its shape and values stay, and it is put back."""
+def lay_by_columns(module: nn.Linear) -> Callable[[], None]:
+    """Let a weight (out, in) lie in memory column after column; its shape and values stay. Calling what is returned puts it back."""
     weight = module.weight
     columns = new(weight.numel(), weight.dtype, available()).view(weight.shape[1], weight.shape[0])
     weight.data = columns.copy_(weight.data.t()).t()
-    del columns  # the weight is the only one to hold it
-    try:
-        yield
-    finally:
-        weight.data = weight.data.contiguous()
+    return partial(_lay_by_rows, weight)
 
 
-@contextmanager
-def in_rows(module: nn.Linear, columns: bool) -> Iterator[None]:
-    """Inside, a weight on sparse kernels is held row after row, or column after column; it is put back as it was."""
+def _lay_by_rows(weight: torch.Tensor) -> None:
+    weight.data = weight.data.contiguous()
+
+
+def hold_in_rows(module: nn.Linear, columns: bool) -> Callable[[], None]:
+    """Hold a weight on sparse kernels row after row, or column after column. Calling what is returned puts it back as it was."""
     sparse: SparseModule = module  # type: ignore[assignment]
     hold_form(sparse, "weight", RowsForm.of(sparse._held["weight"], columns))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        hold_form(sparse, "weight", sparse._held["weight"].packed())  # type: ignore[attr-defined]
+    return partial(_hold_packed, sparse)
+
+
+def _hold_packed(module: SparseModule) -> None:
+    hold_form(module, "weight", module._held["weight"].packed())  # type: ignore[attr-defined]

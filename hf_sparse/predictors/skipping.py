@@ -1,7 +1,7 @@
 """The modules of one block that compute chosen rows only: which they are, and what of them cannot be left out."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,11 +124,7 @@ def _common(paths: list[list[str]]) -> str:
     return ".".join(paths[0][:length])
 
 
-@contextmanager
-def replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
-    """Inside, a module does something else."""
+def replace_forward(module: nn.Module, forward: Forward) -> Callable[[], None]:
+    """Let a module do something else. Calling what is returned undoes it."""
     module.forward = torch.compiler.disable(forward)  # the choices of a token are not known when a graph is made
-    try:
-        yield
-    finally:
-        del module.forward
+    return partial(object.__delattr__, module, "forward")
