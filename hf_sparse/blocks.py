@@ -1,8 +1,10 @@
 """Blocks: the repeated layers of a model, and where their weights come from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -14,6 +16,37 @@ from hf_sparse.runtime import SparseModule
 from hf_sparse.sites import plain_name
 
 
+class Source(Protocol):
+    """Where the weights of one block are while it is not its turn."""
+
+    elsewhere: bool  # whether they are outside of the model even when nobody asked for offloading by accelerate
+
+    def bring_in(self, module: nn.Module, as_found: bool) -> bool:
+        """Make the weights real; whether there was anything to do. `as_found`: without what was written back since."""
+
+    def send_out(self) -> None:
+        """Undo `bring_in`; changes that were not written back are lost."""
+
+    def write_back(self) -> None:
+        """Keep the present values for the next `bring_in`."""
+
+    def revert(self) -> bool:
+        """Forget all that was written back while pruning; False where the source cannot."""
+
+
+_SOURCES: "WeakKeyDictionary[nn.Module, Callable[[str], Source]]" = WeakKeyDictionary()
+
+
+def set_source(model: nn.Module, source: Callable[[str], Source]) -> None:
+    """From now on the blocks of a model, given by name, take their weights from `source(name)`."""
+    _SOURCES[model] = source
+
+
+def has_source(model: nn.Module) -> bool:
+    """Whether the weights of the model's blocks come from a source of their own, so that they may be on the meta device."""
+    return model in _SOURCES
+
+
 @dataclass(eq=False)
 class Block:
     """One repeated layer; `stack` names the list it stands in (an encoder-decoder or vision-language model has two)."""
@@ -22,30 +55,30 @@ class Block:
     name: str  # as `model.get_submodule` takes it
     stack: str
     module: nn.Module
-    _brought: offload.Brought = field(default_factory=list, init=False, repr=False)
+    source: Source = field(default_factory=offload.Offloaded, repr=False)
 
     @contextmanager
-    def loaded(self, device: str | torch.device | None = None) -> Iterator[None]:
+    def loaded(self, device: str | torch.device | None = None, as_found: bool = False) -> Iterator[None]:
         """Make the weights real, on `device` where one is given; afterwards they are back where they were.
 
-        Changes to weights in memory stay; changes to offloaded ones only after `commit()`.
+        Changes to weights in memory stay; changes to those that come from elsewhere only after `commit()`. `as_found` gives the
+        weights as they were before pruning, where the source still has them.
         """
         home = None
         try:
-            offload.bring_in(self.module, self._brought)
-            if device is not None and not self._brought:
+            brought = self.source.bring_in(self.module, as_found)
+            if device is not None and (self.source.elsewhere or not brought):
                 home = next(self.module.parameters()).device
                 self.module.to(device)
             yield
         finally:
             if home is not None:
                 self.module.to(home)
-            offload.send_out(self._brought)
-            self._brought = []
+            self.source.send_out()
 
     def commit(self) -> None:
-        """Inside `loaded()`: write the weights back to where offloading took them from; in memory nothing is left to do."""
-        offload.write_back(self._brought)
+        """Inside `loaded()`: write the weights back to where they came from; in memory nothing is left to do."""
+        self.source.write_back()
 
 
 def _has_matrices(module: nn.Module) -> bool:
@@ -90,10 +123,12 @@ def find_blocks(model: nn.Module) -> list[Block]:
     classes = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     stacks = _stacks(model, classes) or _outermost_lists(model)
     found: list[Block] = []
+    source = _SOURCES.get(model, lambda _: offload.Offloaded())
     for stack in stacks:
         for child_name, child in model.get_submodule(stack).named_children():
             if _has_matrices(child):
-                found.append(Block(len(found), f"{stack}.{child_name}", plain_name(stack), child))
+                name = f"{stack}.{child_name}"
+                found.append(Block(len(found), name, plain_name(stack), child, source(name)))
     if not found:
         raise ModelError(f"{type(model).__name__} has no list of layers, so there are no blocks to prune.")
     return found

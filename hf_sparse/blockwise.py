@@ -1,10 +1,10 @@
 """Goes through the blocks: run and measure, prune, run again, hand on."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +27,24 @@ from hf_sparse.sites import Site, count_zeros, read
 from hf_sparse.streams import TwoStreams
 
 
+class Diary(Protocol):
+    """Writes down what a run has done, so that one that breaks off can be gone on with."""
+
+    batch_size: int | None  # of the run that broke off
+
+    def begin(self, run: "Run", orders: Mapping[str, list[int]], places: Mapping[str, list[str]]) -> None:
+        """All is looked at and channels are in order; puts into the run what an earlier one has done. Next is the first block."""
+
+    def finished(self, run: "Run", report: BlockReport) -> None:
+        """A block is pruned and committed."""
+
+    def score(self, shares: Mapping[str, float]) -> float | None:
+        """How a trial of these shares went in the run that broke off."""
+
+    def scored(self, shares: Mapping[str, float], score: float) -> None:
+        """A trial is over."""
+
+
 @dataclass
 class Run:
     """What the steps hand on to each other during one call of `prune_`."""
@@ -42,6 +60,7 @@ class Run:
     changed: list[int] = field(default_factory=list)  # blocks whose weights were touched
     batch_size: int | None = None
     measured: dict[int, float] = field(default_factory=dict)  # what the allocation saw in the dense blocks, by index
+    diary: Diary | None = None
 
     @property
     def two_streams(self) -> bool:
@@ -83,13 +102,13 @@ class Run:
 
 
 def _progress(run: Run) -> Any:
-    return transformers_logging.tqdm(total=len(run.chosen), desc="Pruning", unit="block")
+    return transformers_logging.tqdm(total=len(run.chosen), initial=len(run.done), desc="Pruning", unit="block")
 
 
 def without_data(run: Run, blocks: Sequence[Block]) -> None:
     """Prune blocks by what their weights alone tell."""
     with _progress(run) as bar:
-        for block in blocks:
+        for block in (block for block in blocks if block.index not in run.done):
             start = time.monotonic()
             with block.loaded(run.config.device):
                 sites = run.prune(block, None)
@@ -104,6 +123,9 @@ def with_data(run: Run, batches: list[Batch]) -> None:
     With two streams every batch has a second pass, in which all blocks stay dense.
     """
     recorders: dict[int, Recorder] = {}
+    earlier = set(run.done)
+    if len(earlier) == len(run.chosen):
+        return
     calls_left = {index: run.survey.expected(index, batches) for index in run.chosen}
     passes = [forward(run.model, batch.values) for batch in batches] * (2 if run.two_streams else 1)
     with _progress(run) as bar, closing(walk(run.inventory.blocks, passes, run.survey.order())) as turns:
@@ -111,7 +133,8 @@ def with_data(run: Run, batches: list[Batch]) -> None:
             block = calls[0].block
             index = block.index
             if index not in run.chosen or index in run.done:
-                _run_only(run, block, calls)
+                dense = len(batches) if index in earlier and run.two_streams else None
+                _run_only(run, block, calls, dense)
                 continue
             start = time.monotonic()
             calls_left[index] -= len(calls) // (2 if run.two_streams else 1)
@@ -235,10 +258,14 @@ def _recorder(run: Run, block: Block, batches: int, updates: Sequence[str] | Non
     return Recorder(sites, wanted, -(-ERROR_SAMPLE // batches))
 
 
-def _run_only(run: Run, block: Block, calls: list[Call]) -> None:
-    with block.loaded(run.config.device):
-        for call in calls:
-            call.output = call(run.config.device)
+def _run_only(run: Run, block: Block, calls: list[Call], dense: int | None = None) -> None:
+    """Run calls with the block as it is now; those of batches from `dense` on with the weights that it had before pruning."""
+    for as_found in (False, True):
+        turn = [call for call in calls if (dense is not None and call.batch >= dense) == as_found]
+        if turn:
+            with block.loaded(run.config.device, as_found):
+                for call in turn:
+                    call.output = call(run.config.device)
 
 
 def _dense_pass(run: Run, block: Block, call: Call, recorder: Recorder, batch: Batch) -> torch.Tensor | None:
@@ -260,8 +287,10 @@ def _sparse_pass(run: Run, calls: list[Call], dense: list[torch.Tensor | None]) 
 
 
 def _finish(run: Run, block: Block, sites: list[SiteReport], error: float | None, seconds: float) -> None:
-    run.done[block.index] = BlockReport(
+    report = run.done[block.index] = BlockReport(
         index=block.index, name=block.name, stack=block.stack, zeros=sum(site.zeros for site in sites),
         size=sum(site.size for site in run.chosen[block.index]), all_matrices=0,
         output_error=error, seconds=seconds, sites=sites,
     )  # fmt: skip
+    if run.diary is not None:
+        run.diary.finished(run, report)

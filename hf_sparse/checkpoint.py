@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sparse.blocks import Block
+from hf_sparse.blocks import Block, has_source
 from hf_sparse.claim import FORMAT, Claim
 from hf_sparse.errors import CheckpointError, HfSparseError, ModelError
 from hf_sparse.families import Inventory, find_sites
@@ -66,7 +66,7 @@ def check_prunable(model: nn.Module) -> None:
         id(parameter) for module in model.modules() if hasattr(module, "_hf_hook") for parameter in module.parameters()
     }
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta" and id(parameter) not in offloaded:
+        if parameter.device.type == "meta" and id(parameter) not in offloaded and not has_source(model):
             raise ModelError(
                 f"{name} is on the meta device and has no weights; load the model with from_pretrained first."
             )

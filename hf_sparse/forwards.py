@@ -8,6 +8,7 @@ features added, an encoder's output) happens as the model's authors wrote it.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_sparse.blocks import Block
 from hf_sparse.errors import ModelError
+from hf_sparse.spill import Spill
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,25 @@ class Modes:
             torch.set_autocast_dtype(kind, dtype)
 
 
+_spill: ContextVar[Spill | None] = ContextVar("hf_sparse_spill", default=None)
+
+
+@contextmanager
+def hidden_states_in(spill: Spill) -> Iterator[None]:
+    """Inside, the hidden states between the blocks live where `spill` puts them."""
+    token = _spill.set(spill)
+    try:
+        yield
+    finally:
+        _spill.reset(token)
+
+
+def put_aside(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that stays as it is, whatever is done to the tensor: in memory, or in a file where hidden states go there."""
+    spill = _spill.get()
+    return tensor.clone() if spill is None else spill.in_file(tensor)
+
+
 @dataclass
 class Call:
     """One batch waiting at one block."""
@@ -51,19 +72,24 @@ class Call:
     run: Callable[..., Any]  # the block's own forward
     modes: Modes
     output: Any = None
+    keep: Spill | None = None  # where outputs live
 
     def __call__(self, device: str | torch.device | None = None) -> Any:
         """Run the block on this call's arguments; with `device` they go there, and the output comes back."""
         before = Modes.present()
         self.modes.apply()
         try:
-            if device is None:
-                return self.run(*self.args, **self.kwargs)
-            home = next((tensor.device for tensor in self.tensors()), None)
-            args, kwargs = moved((self.args, self.kwargs), device)
-            return moved(self.run(*args, **kwargs), home)
+            output = self._made(device)
+            return output if self.keep is None else self.keep.kept(output)
         finally:
             before.apply()
+
+    def _made(self, device: str | torch.device | None) -> Any:
+        if device is None:
+            return self.run(*self.args, **self.kwargs)
+        home = next((tensor.device for tensor in self.tensors()), None)
+        args, kwargs = moved((self.args, self.kwargs), device)
+        return moved(self.run(*args, **kwargs), home)
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensors among the arguments."""
@@ -151,13 +177,13 @@ def walk(
     the passes where they are, so the head need not run.
     """
     workers: dict[greenlet, int] = {}
-    base = Modes.present()
+    base, keep = Modes.present(), _spill.get()
 
     def pause(block: Block, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         worker = greenlet.getcurrent()
         if worker not in workers:  # another thread uses the model meanwhile
             return run(*args, **kwargs)
-        call = Call(workers[worker], block, args, kwargs, run, Modes.present())
+        call = Call(workers[worker], block, args, kwargs, run, Modes.present(), keep=keep)
         base.apply()
         try:
             driver.switch(call)
@@ -186,6 +212,8 @@ def walk(
                 front = min((call.block.index for _, call in waiting), key=rank.__getitem__)
                 here = [pair for pair in waiting if pair[1].block.index == front]
                 waiting[:] = [pair for pair in waiting if pair[1].block.index != front]
+                if keep is not None:
+                    keep.turn()
                 yield [call for _, call in here]
                 while here:
                     worker, _ = here.pop(0)  # the driver must not keep a call's input alive beside its output

@@ -67,3 +67,26 @@ def write_back(brought: Brought) -> None:
                 raise ModelError(
                     f"{key} is offloaded to a {type(weights).__name__}, which cannot be written; load the model without offloading."
                 )
+
+
+class Offloaded:
+    """The source of a block's weights where accelerate may keep some of them; what is in memory stays as it is."""
+
+    elsewhere = False
+
+    def __init__(self) -> None:
+        self._brought: Brought = []
+
+    def bring_in(self, module: nn.Module, as_found: bool) -> bool:
+        bring_in(module, self._brought)
+        return bool(self._brought)
+
+    def send_out(self) -> None:
+        brought, self._brought = self._brought, []
+        send_out(brought)
+
+    def write_back(self) -> None:
+        write_back(self._brought)
+
+    def revert(self) -> bool:
+        return False

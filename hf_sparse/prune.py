@@ -20,7 +20,7 @@ from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Samples, tokens_of
 from hf_sparse.errors import CalibrationError, ConfigError, HfSparseError, ModelError, PruningInterrupted
 from hf_sparse.families import find_sites
-from hf_sparse.permute import Permutations, check_permutable, permute_
+from hf_sparse.permute import Permutations, check_permutable
 from hf_sparse.plan import select
 from hf_sparse.prune_report import add_earlier_, block_reports, make_report
 from hf_sparse.registry import METRICS, UPDATES
@@ -89,7 +89,8 @@ def _prune(model: nn.Module, config: SparsityConfig, shared: Shared, start: floa
             )
     inventory = find_sites(model)
     chosen, left = select(inventory, config)
-    run = Run(model, config, inventory, chosen, shares(inventory, chosen, config))
+    run = Run(model, config, inventory, chosen, shares(inventory, chosen, config), diary=shared.diary)
+    run.batch_size = None if run.diary is None else run.diary.batch_size
     run.notes += _scan(run)
     given = config.calibration is not None
     samples = shared.samples(model, config) if given else None
@@ -193,10 +194,11 @@ def _check_updates(run: Run, samples: Samples) -> None:
 
 def _attempt(run: Run, samples: Samples | None, permutations: Permutations, shared: Shared) -> None:
     """Prune all blocks; while nothing is changed yet, running out of memory halves the batch."""
-    size: int | str = run.config.batch_size
+    size: int | str = run.batch_size or run.config.batch_size
     try:
         if samples is None:
-            permute_(run, [], [], permutations)
+            shared.permute_(run, [], [], permutations)
+            _begin(run, permutations)
             without_data(run, [block for block in run.inventory.blocks if block.index in run.chosen])
             return
         _look_around(run, samples, shared)
@@ -205,10 +207,13 @@ def _attempt(run: Run, samples: Samples | None, permutations: Permutations, shar
             batches, run.batch_size = make_batches(rows, size, run.token_budget)
             try:
                 shared.allot_(run, samples, batches)
-                permute_(run, samples.rows, batches, permutations)
-                if permutations.done and run.two_streams:  # what enters a block's output is known channel by channel
+                shared.permute_(run, samples.rows, batches, permutations)
+                if (
+                    permutations.done or permutations.resumed
+                ) and run.two_streams:  # what enters a block's output is known channel by channel
                     wirings = survey(run.model, run.inventory, samples.rows, False, run.config.device, True).wirings
                     run.survey = replace(run.survey, wirings=wirings)
+                _begin(run, permutations)
                 if held_out:
                     search_(run, rows, held_out)
                 else:
@@ -233,6 +238,11 @@ def _attempt(run: Run, samples: Samples | None, permutations: Permutations, shar
             "is partly pruned and carries no claim of sparsity. Load it again before you go on.",
             list(run.changed),
         ) from error
+
+
+def _begin(run: Run, permutations: Permutations) -> None:
+    if run.diary is not None:
+        run.diary.begin(run, permutations.orders, permutations.places)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -102,7 +102,7 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
         plain = dataclasses.replace(load_config, hf_quantizer=None)
         if state_dict is not None or not checkpoint_files:  # only the config is that of compressed weights
             return original(model, state_dict, checkpoint_files, plain, *rest, **more)
-        _check_files(checkpoint_files)
+        check_files(checkpoint_files)
         with open_tensors(checkpoint_files) as stored:
             names = _stay_compressed(model, stored, load_config)
             reader.forms = sparse_forms(
@@ -120,7 +120,7 @@ def _wrap_load(original: Callable[..., Any]) -> Callable[..., Any]:
     return _load_pretrained_model
 
 
-def _check_files(files: Sequence[str]) -> None:
+def check_files(files: Sequence[str]) -> None:
     """An index may name any file, and only those of a compressed checkpoint, in one folder, are opened."""
     strange = next((file for file in files if not is_compressed_weights(Path(file).name)), None)
     if strange is not None or len({Path(file).parent for file in files}) > 1:

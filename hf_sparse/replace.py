@@ -51,6 +51,18 @@ def write_whole(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """What is in a file, or the names in a folder, stay whatever happens to the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some systems cannot sync folders
+        if path.is_file():
+            raise
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def old_weights_aside(folder: Path, variant: str | None, also: Collection[str] = ()) -> Iterator[None]:
     """Inside, the weights and the config of an older save, and the files named in `also`, stand under other names.

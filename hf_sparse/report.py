@@ -173,7 +173,7 @@ class Report:
                     f"the report has format {shown(plain['format'])}, this hf_sparse reads {FORMAT}; upgrade hf_sparse."
                 )
             recoveries = _recoveries(plain.get("recoveries", []))
-            blocks = [_block(block) for block in plain["blocks"]]
+            blocks = [block_report(block) for block in plain["blocks"]]
             report = cls(**{**plain, "blocks": blocks, "recoveries": recoveries})
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{what} ({type(error).__name__}: {one_line(error)}).") from error
@@ -213,7 +213,8 @@ def _recoveries(values: object) -> list[Recovery]:
     return [Recovery.from_dict(item) for item in values]
 
 
-def _block(values: Mapping[str, Any]) -> BlockReport:
+def block_report(values: Mapping[str, Any]) -> BlockReport:
+    """A block out of plain data; raises KeyError and TypeError for what is none."""
     sites = [SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in values["sites"]]
     return BlockReport(**{**values, "sites": sites})
 

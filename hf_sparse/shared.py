@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, Self, TypeVar
 from torch import nn
 
 from hf_sparse.allot import measured_by, shares
-from hf_sparse.blockwise import Run
+from hf_sparse.blockwise import Diary, Run
 from hf_sparse.calibrate import Survey, read_calibration, survey
 from hf_sparse.config import SparsityConfig
-from hf_sparse.data import Batch, Samples, fingerprint
+from hf_sparse.data import Batch, Sample, Samples, fingerprint
 from hf_sparse.measure import allot_
+from hf_sparse.permute import Permutations, permute_
 
 T = TypeVar("T")
 
@@ -39,6 +40,8 @@ class Shared:
 
     A piece is only handed out where working it out anew would give the same bits.
     """
+
+    diary: Diary | None = None  # who writes down what a run does
 
     def __init__(self, tokenizer: Any = None, tokenizer_options: Mapping[str, Any] | None = None) -> None:
         self._tokenizer, self._options = tokenizer, tokenizer_options
@@ -93,3 +96,7 @@ class Shared:
         if not run.measured:
             run.measured, run.shares = dict(measured), shares(run.inventory, run.chosen, run.config, measured)
             run.notes += notes
+
+    def permute_(self, run: Run, rows: Sequence[Sample], batches: Sequence[Batch], permutations: Permutations) -> None:
+        """Reorder the channels of a run's model where its configuration asks for it; `permutations` gets the orders."""
+        permute_(run, rows, batches, permutations)

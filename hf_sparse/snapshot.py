@@ -8,10 +8,14 @@ from hf_sparse.blocks import Block
 
 
 class Snapshot:
-    """Copies of all parameters and buffers of blocks, on the CPU: as much memory again as the blocks take."""
+    """Copies of all parameters and buffers of blocks, on the CPU: as much memory again as the blocks take.
+
+    Where the source of a block's weights still has them, it is asked instead.
+    """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
-        self._blocks = list(blocks)
+        self._blocks = [block for block in blocks if not block.source.elsewhere]
+        self._elsewhere = [block for block in blocks if block.source.elsewhere]
         self._kept: list[dict[str, torch.Tensor]] = []
         for block in self._blocks:
             with block.loaded():
@@ -20,6 +24,8 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put every block back, bit for bit."""
+        for block in self._elsewhere:
+            block.source.revert()
         for block, kept in zip(self._blocks, self._kept, strict=True):
             with block.loaded(), torch.no_grad():
                 state = {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}

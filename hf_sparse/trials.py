@@ -18,7 +18,7 @@ from hf_sparse.calibrate import Kind, forward, kind_of, make_batches
 from hf_sparse.data import Sample, tokens_of
 from hf_sparse.errors import CalibrationError
 from hf_sparse.evaluate import batch_loss, loss_kind
-from hf_sparse.forwards import main_tensor, norm, walk
+from hf_sparse.forwards import main_tensor, norm, put_aside, walk
 from hf_sparse.plan import needs
 from hf_sparse.snapshot import Snapshot
 
@@ -52,17 +52,23 @@ class Trials:
         if selector == "loss":
             self._check_loss()
         # Copies, as the model may go on to write into what a block gave.
-        self._dense = [output.clone() for output in self._outputs()] if selector == "alignment" else []
+        self._dense = [put_aside(output) for output in self._outputs()] if selector == "alignment" else []
         self._snapshot = Snapshot([block for block in run.inventory.blocks if block.index in run.chosen])
 
     def score(self, shares: Shares) -> float:
         """Prune with few samples, score, put back."""
         self.number += 1
+        diary = self.run.diary
+        if diary is not None and (known := diary.score(shares)) is not None:
+            return known
         try:
             with_data(self._trial(shares), self._few)
-            return self._score()
+            found = self._score()
         finally:
             self.restore()
+        if diary is not None:
+            diary.scored(shares, found)
+        return found
 
     def real(self, shares: Shares) -> tuple[Run, float]:
         """Prune on all samples and score; the run may be kept as the result, else call `restore`."""
@@ -76,7 +82,7 @@ class Trials:
         self._snapshot.restore()
 
     def _trial(self, shares: Shares) -> Run:
-        return replace(self.run, shares=shares, notes=[], done={}, changed=[])
+        return replace(self.run, shares=shares, notes=[], done={}, changed=[], diary=None)
 
     def _enough(self, rows: Sequence[Sample]) -> list[Sample]:
         """The first samples of each kind that hold tokens enough for the statistics of the recipe."""

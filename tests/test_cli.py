@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import hf_sparse
 from hf_sparse import SparsityConfig
 from hf_sparse.cli import main, output, prune
-from hf_sparse.cli.writing import complete_folder
+from hf_sparse.destination import complete_folder
 from hf_sparse.errors import ConfigError
 from hf_sparse.report_text import recipe_words
 

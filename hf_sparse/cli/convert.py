@@ -4,8 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.convert import SHARD_SIZE, convert, files_beside
+from hf_sparse.destination import check_destination, complete_folder
 from hf_sparse.hub import is_weights
 from hf_sparse.remote import CONFIG, Folder, Repository, open_place
 from hf_sparse.storage import FORMATS

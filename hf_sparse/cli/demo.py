@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse import embedded, stdlib_text
-from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config import SparsityConfig
+from hf_sparse.destination import check_destination, complete_folder
 from hf_sparse.evaluate import Measurement, as_evaluation, evaluate
 from hf_sparse.prune import prune_
 from hf_sparse.report import Report

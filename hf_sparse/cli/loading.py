@@ -36,15 +36,20 @@ def model_name(arguments: argparse.Namespace) -> str:
     return str(embedded.model_path()) if arguments.model == embedded.NAME else str(arguments.model)
 
 
+def check_dtype(name: str) -> None:
+    """Raises ConfigError for a number format that models are not loaded in."""
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    if name not in dtypes:
+        raise ConfigError(f"dtype {name!r} is not known; give one of {', '.join(dtypes)}.")
+
+
 def load_model(arguments: argparse.Namespace) -> Any:
     """The model as the class that it was saved as, in inference mode."""
     from transformers import AutoConfig
 
     from hf_sparse.verify.loading import auto_class
 
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    if arguments.dtype not in dtypes:
-        raise ConfigError(f"dtype {arguments.dtype!r} is not known; give one of {', '.join(dtypes)}.")
+    check_dtype(arguments.dtype)
     name, options = model_name(arguments), hub_options(arguments)
     try:
         config = AutoConfig.from_pretrained(name, **options)

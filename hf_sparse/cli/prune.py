@@ -3,16 +3,20 @@
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.cli.loading import add_loading, hub_options, load_model, load_processor, model_name
-from hf_sparse.cli.writing import check_destination, complete_folder
+from hf_sparse.cli.loading import add_loading, check_dtype, hub_options, load_model, load_processor, model_name
 from hf_sparse.config import SparsityConfig
 from hf_sparse.config.serialise import mapping, read_fields, read_value
+from hf_sparse.destination import check_destination, complete_folder
 from hf_sparse.errors import ConfigError
 from hf_sparse.evaluate import as_evaluation, evaluate
 from hf_sparse.prune import prune_
+from hf_sparse.report import Report
+from hf_sparse.storage import FORMATS
+from hf_sparse.stream import HIDDEN_MEMORY, prune_checkpoint
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +28,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", default=None, metavar="FILE", help="JSON or YAML file with the fields of SparsityConfig"
     )
+    parser.add_argument("--sparse-format", choices=FORMATS, default=None, help="bitmask writes compressed weights")
+    _add_streaming(parser)
     fields = parser.add_argument_group("fields of SparsityConfig (they override the file)")
     for name, kind in {"pattern": str, "sparsity": float, "axis": str, "metric": str, "allocation": str, "calibration": str,
                        "num-samples": int, "sequence-length": int, "batch-size": str, "seed": int}.items():  # fmt: skip
@@ -65,6 +71,20 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--allow-same-text", action="store_true", help="allow to evaluate on the text that was calibrated on"
     )
     add_loading(parser)
+
+
+def _add_streaming(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("from disk to disk")
+    group.add_argument(
+        "--stream", action="store_true",
+        help="one block at a time is in memory; the same command goes on where an interrupted one was. Without --evaluate, which needs the "
+        "whole model: hf-sparse evaluate measures the result",
+    )  # fmt: skip
+    group.add_argument("--restart", action="store_true", help="forget what an interrupted --stream has done")
+    group.add_argument(
+        "--hidden-memory", default=None, metavar="SIZE",
+        help=f"what hidden states may take in memory with --stream; beyond it they are in files (default {HIDDEN_MEMORY})",
+    )  # fmt: skip
 
 
 def options(words: list[str]) -> dict[str, dict[str, Any]]:
@@ -119,11 +139,17 @@ def build_config(arguments: argparse.Namespace) -> SparsityConfig:
 def run(arguments: argparse.Namespace) -> None:
     config = build_config(arguments)
     sources = [model_name(arguments), arguments.config, config.calibration, arguments.evaluate]
-    check_destination(arguments.destination, arguments.overwrite, [source for source in sources if source])
+    if not arguments.stream:  # an interrupted one may have written all but its last words
+        check_destination(arguments.destination, arguments.overwrite, [source for source in sources if source])
     if arguments.evaluate and arguments.evaluate == config.calibration and not arguments.allow_same_text:
         raise ConfigError(
             f"calibration and evaluation both name {arguments.evaluate!r}; measure on other text, or give --allow-same-text."
         )
+    if arguments.stream:
+        _tell(arguments, _stream(arguments, config))
+        return
+    if arguments.restart or arguments.hidden_memory is not None:
+        raise ConfigError("--restart and --hidden-memory belong to --stream; give that too, or leave them out.")
     model = load_model(arguments)
     processor = load_processor(arguments)
     measuring = {
@@ -139,13 +165,29 @@ def run(arguments: argparse.Namespace) -> None:
     with complete_folder(arguments.destination, arguments.overwrite) as folder:
         if processor is not None:
             processor.save_pretrained(folder)
-        model.save_pretrained(folder)
-    if arguments.json:
-        print(
-            json.dumps(
-                {"model": model_name(arguments), "destination": str(arguments.destination), "report": report.to_dict()}
-            )
+        model.save_pretrained(folder, sparse_format=arguments.sparse_format)
+    _tell(arguments, report)
+
+
+def _stream(arguments: argparse.Namespace, config: SparsityConfig) -> Report:
+    if arguments.evaluate:
+        raise ConfigError(
+            "--evaluate needs the whole model in memory, which --stream does not have; leave it out, then: hf-sparse evaluate "
+            f"{arguments.destination}"
         )
+    check_dtype(arguments.dtype)
+    given: Mapping[str, Any] = {} if arguments.hidden_memory is None else {"hidden_memory": arguments.hidden_memory}
+    return prune_checkpoint(
+        model_name(arguments), arguments.destination, config, load_processor(arguments), overwrite=arguments.overwrite,
+        restart=arguments.restart, sparse_format=arguments.sparse_format,
+        dtype=None if arguments.dtype == "auto" else arguments.dtype, **given, **hub_options(arguments),
+    )  # fmt: skip
+
+
+def _tell(arguments: argparse.Namespace, report: Report) -> None:
+    if arguments.json:
+        told = {"model": model_name(arguments), "destination": str(arguments.destination), "report": report.to_dict()}
+        print(json.dumps(told))
         return
     print(report)
     for pair in report.evaluations:

@@ -12,8 +12,8 @@ from hf_sparse.cli.loading import add_loading, load_model, load_processor, model
 from hf_sparse.cli.sequences import Data, training_data
 from hf_sparse.cli.teaching import base_name, is_same, load_teacher, typed_name
 from hf_sparse.cli.training import Plan, check_kind, restore_, training_device, training_dtype, tune, widen_
-from hf_sparse.cli.writing import check_destination, complete_folder
 from hf_sparse.config.serialise import whole
+from hf_sparse.destination import check_destination, complete_folder
 from hf_sparse.errors import ConfigError, ModelError
 from hf_sparse.evaluate import Measurement, as_evaluation, evaluate
 

@@ -1,7 +1,7 @@
 """Reorders channels so that N:M groups lose less, with the dense model's function unchanged: the order of the steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -27,6 +27,9 @@ class Permutations:
     orders: dict[str, list[int]] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)  # name -> where in the stored tensors the order holds
     done: list[tuple[int | None, Channels, torch.Tensor]] = field(default_factory=list)  # with the block, to undo it
+    resumed: bool = (
+        False  # whether an interrupted run of the same pruning made the orders, so that they hold in the model
+    )
     aliases: dict[str, list[str]] = field(
         default_factory=dict
     )  # name of a tensor -> all its names, where it has several
@@ -50,7 +53,7 @@ class Permutations:
         """Put the channels that were reordered last back, bit for bit."""
         index, channels, order = self.done.pop()
         if index is None:
-            channels.take_(run.model, order.argsort())
+            _take_everywhere_(run, channels, order.argsort())
         else:
             with run.inventory.blocks[index].loaded():
                 channels.take_(run.model, order.argsort())
@@ -129,13 +132,26 @@ def _permute_residual_(
         run.notes.append(f"permute: the residual stream stays in order: {found}")
         return
     channels, order = found
-    channels.take_(run.model, order)
+    _take_everywhere_(run, channels, order)
     done.add(None, channels, order)  # so that whatever happens now is undone
     if _agree(run, samples, dense):
         run.notes += tally.notes()
         return
     done.drop_last_(run)
     run.notes.append("permute: the residual stream stays in order: the model's output would change")
+
+
+def _take_everywhere_(run: Run, channels: Channels, order: torch.Tensor) -> None:
+    """Reorder channels in the whole model; blocks whose weights are elsewhere have their turns one after the other."""
+    rest = list(channels.places)
+    for block in run.inventory.blocks:
+        own = [place for place in rest if block.source.elsewhere and place.tensor.startswith(f"{block.name}.")]
+        if own:
+            with block.loaded():
+                replace(channels, places=tuple(own)).take_(run.model, order)
+                block.commit()
+            rest = [place for place in rest if place not in own]
+    replace(channels, places=tuple(rest)).take_(run.model, order)
 
 
 def _made_up(run: Run) -> list[Sample]:

@@ -58,5 +58,10 @@ def _parts(run: Run, norms: Norms, width: int) -> Iterator[Part]:
 
 def _bystander(run: Run, width: int) -> bool:
     now = {site.name for sites in run.chosen.values() for site in sites}
-    others = [site for site in run.inventory.all() if site.name not in now and width in site.shape]
-    return any(is_sparse(run, site) for site in others)
+    for block in run.inventory.blocks:
+        others = [site for site in run.inventory.sites[block.index] if site.name not in now and width in site.shape]
+        if others:
+            with block.loaded():
+                if any(is_sparse(run, site) for site in others):
+                    return True
+    return False

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_sparse.errors import CheckpointError
+from hf_sparse.replace import sync
 
 
 def check_destination(destination: Path, overwrite: bool, sources: Sequence[str] = ()) -> None:
@@ -44,17 +45,6 @@ def check_destination(destination: Path, overwrite: bool, sources: Sequence[str]
         )
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:  # some systems cannot sync folders
-        if path.is_file():
-            raise
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def complete_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     """A fresh folder beside the destination; it takes the destination's name when the block ends without an error.
@@ -72,10 +62,7 @@ def complete_folder(destination: Path, overwrite: bool = False) -> Iterator[Path
         hidden, config = fresh / ".config.json.partial", fresh / "config.json"
         if config.exists():
             config.rename(hidden)
-        for path in sorted(fresh.rglob("*")):
-            if path.is_file():
-                _sync(path)
-        _sync(fresh)
+        sync_all(fresh)
         old = fresh.with_name(fresh.name + "-old")
         if destination.exists():
             destination.rename(old)
@@ -87,10 +74,37 @@ def complete_folder(destination: Path, overwrite: bool = False) -> Iterator[Path
             if old.exists():
                 old.rename(destination)
             raise
-        _sync(destination.parent)
+        sync(destination.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def sync_all(folder: Path) -> None:
+    """All files of a folder stay, whatever happens to the machine."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sync(path)
+    sync(folder)
+
+
+def put_in_place(fresh: Path, destination: Path, old: Path) -> None:
+    """Give a complete folder the name of its destination; one that is there goes to `old` before, and comes back if that fails.
+
+    Each step is a rename, so whoever is killed in between can call it again.
+    """
+    fresh.chmod(0o777 & ~_umask())
+    sync_all(fresh)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if destination.is_dir() and any(destination.iterdir()):
+        destination.rename(old)
+    try:
+        fresh.rename(destination)  # in the place of an empty one, too
+    except OSError:
+        if old.exists():
+            old.rename(destination)
+        raise
+    sync(destination.parent)
 
 
 def _umask() -> int:

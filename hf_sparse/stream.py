@@ -1,0 +1,227 @@
+"""Prunes a checkpoint from disk to disk: one block at a time is in memory, and a run that was killed goes on where it was."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.serialization._base import parse_size_to_int
+
+from hf_sparse import contextual, environment
+from hf_sparse.config import SparsityConfig
+from hf_sparse.convert import convert, files_beside
+from hf_sparse.destination import check_destination, put_in_place
+from hf_sparse.errors import CheckpointError, ConfigError, PruningInterrupted, unknown
+from hf_sparse.forwards import hidden_states_in
+from hf_sparse.hub import is_weights
+from hf_sparse.prune import prune_sharing_
+from hf_sparse.remote import CARD, CONFIG, Folder, open_place, read_config
+from hf_sparse.report import FILE_NAME as REPORT_FILE
+from hf_sparse.report import PICTURE_FILE, Report
+from hf_sparse.side_files import describe
+from hf_sparse.spill import Spill
+from hf_sparse.storage import FORMATS
+from hf_sparse.streaming.files import Outputs
+from hf_sparse.streaming.opening import open_model
+from hf_sparse.streaming.output import output_headers, write_index
+from hf_sparse.streaming.session import Session, files_told
+from hf_sparse.streaming.weights import Weights
+from hf_sparse.streaming.work import FORMAT, Work, check_same, working
+from hf_sparse.text import one_line, shown
+from hf_sparse.verify.loading import auto_class
+
+HIDDEN_MEMORY = "4GB"
+_SHARD_SIZE = "1GB"  # of compressed weights: one shard is in memory
+_OURS = (CARD, REPORT_FILE, PICTURE_FILE)  # written anew
+
+
+def prune_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    config: SparsityConfig | Mapping[str, Any] | str | Path,
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    sparse_format: str | None = None,
+    hidden_memory: int | str = HIDDEN_MEMORY,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Prune a checkpoint that need not fit in memory, and write it; returns the report.
+
+    The result is that of `from_pretrained`, `prune_` and `save_pretrained`, bit for bit, under the keys and in the files of the
+    source; tensors that are not pruned are copied byte for byte. One block is in memory at a time. The same call after a
+    run that was interrupted, whatever by, goes on behind the last block that was finished.
+
+    Args:
+        source: folder of a model in safetensors, plain or compressed, or a repository on the Hub. It is never written to.
+        destination: folder that appears when it is complete. Until then the work stands in a hidden folder beside it.
+        config: as `prune_` takes it.
+        tokenizer: as `prune_` takes it; without one, the one beside the model. It is saved with the model.
+        overwrite: replace a destination that is not empty.
+        restart: forget what an interrupted run has done.
+        sparse_format: "bitmask" compresses the result.
+        hidden_memory: bytes, or a size such as "4GB", that hidden states may take in memory; beyond it they are in files.
+        dtype: load in, and write, another number format. Without it, as `from_pretrained` does, and files keep theirs.
+        revision, token, cache_dir, trust_remote_code: as `from_pretrained` takes them.
+
+    Raises: ConfigError, ModelError, CalibrationError and CheckpointError before anything is pruned, also where an interrupted run
+        was begun with other settings or another run is under way; PruningInterrupted where pruning fails later.
+    """
+    config = SparsityConfig.of(config)
+    config.check_calibration()
+    _check(config, sparse_format)
+    limit = _size(hidden_memory)
+    destination = Path(destination)
+    options: dict[str, Any] = {
+        name: value
+        for name, value in {"revision": revision, "token": token, "cache_dir": cache_dir}.items()
+        if value is not None
+    }
+    with working(destination, restart) as work:
+        if work.journal.last("complete") is None:
+            try:
+                check_destination(destination, overwrite, [str(source)])
+                folder = _folder(str(source), options)
+                if trust_remote_code:
+                    options["trust_remote_code"] = True
+                _prune(folder, str(source), work, config, tokenizer, options, dtype, sparse_format, limit)
+            except BaseException:
+                if work.journal.last("begin") is None:  # there is nothing to go on from
+                    work.remove()
+                raise
+        fresh = work.compressed if (work.compressed / CONFIG).is_file() else work.model
+        if (fresh / CONFIG).is_file():
+            put_in_place(fresh, destination.absolute(), work.old)
+        report = Report.load(destination)
+        work.remove()
+        return report
+
+
+def _check(config: SparsityConfig, sparse_format: str | None) -> None:
+    if sparse_format is not None and sparse_format not in FORMATS:
+        raise ConfigError(unknown("sparse_format", sparse_format, FORMATS))
+    if config.predictor is not None:
+        raise ConfigError(
+            "predictors are trained on a whole model in memory; prune without predictor=, then hf-sparse predictor train."
+        )
+
+
+def _size(given: int | str) -> int:
+    try:
+        size = given if isinstance(given, int) else parse_size_to_int(given)
+    except ValueError:
+        size = -1
+    if size < 0:
+        raise ConfigError(f"hidden_memory is {shown(given)}; give bytes, or a size such as '4GB'.")
+    return size
+
+
+def _folder(source: str, options: Mapping[str, Any]) -> Path:
+    """The folder with the model; of a repository, what is needed of it is downloaded."""
+    place = open_place(source, **options)
+    read_config(place)  # a clear error for what is no model
+    if "adapter_config.json" in place.files:
+        raise CheckpointError(f"{one_line(source)!r} holds an adapter; merge it, save the model, and prune that.")
+    if isinstance(place, Folder):
+        return place.path
+    beside, _ = files_beside(place.files)
+    return place.download([*beside, *(name for name in place.files if is_weights(name) or name == CONFIG)])
+
+
+def _prune(
+    folder: Path, source: str, work: Work, config: SparsityConfig, tokenizer: Any, options: Mapping[str, Any],
+    dtype: Any, sparse_format: str | None, limit: int,
+) -> None:  # fmt: skip
+    dtype = None if dtype == "auto" else dtype
+    model, weights = _open(folder, config, dtype, options)
+    try:
+        model.config.name_or_path = source
+        _begin(folder, source, work, weights, config, dtype, sparse_format)
+        work.model.mkdir(exist_ok=True)
+        headers = output_headers(model, weights, dtype is not None)
+        weights.write_to(Outputs(work.model, headers))
+        session = Session(weights, work, tokenizer, options)
+        spill = Spill(work.path, limit)
+        try:
+            with hidden_states_in(spill):
+                report = prune_sharing_(model, config, session)
+        except PruningInterrupted as error:
+            raise PruningInterrupted(
+                f"pruning stopped after {len(error.blocks)} blocks ({one_line(error.__cause__ or error, 300)}); the same command goes on "
+                "from the last one that was finished.",
+                error.blocks,
+            ) from error
+        report.seconds += session.earlier
+        weights.complete()
+        write_index(folder, work.model, weights, dtype is not None)
+        _write_beside(folder, work.model, model, tokenizer)
+        if sparse_format == "bitmask":
+            work.compressed.mkdir(exist_ok=True)
+            convert(work.model, work.compressed, "bitmask", _SHARD_SIZE)
+        session.complete()
+    finally:
+        weights.close()
+
+
+def _open(folder: Path, config: SparsityConfig, dtype: Any, options: Mapping[str, Any]) -> tuple[Any, Weights]:
+    """The model without the weights of its blocks; its head is needed in memory where channels may change places."""
+    from transformers import AutoConfig
+
+    code = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
+    try:
+        model_config = AutoConfig.from_pretrained(folder, **code)
+    except ValueError as error:
+        raise ConfigError(
+            f"{one_line(folder, 200)!r} is not a model that Transformers can load: {one_line(str(error).splitlines()[0], 200)}"
+        ) from error
+    kind = auto_class(model_config)
+    model, weights = open_model(
+        lambda: kind.from_pretrained(folder, config=model_config, dtype=dtype or "auto", use_safetensors=True, **code),
+        keep_head=config.permute,
+    )
+    if contextual.carried_by(model) is not None:
+        weights.close()
+        raise ConfigError("the model carries predictors, which would not fit it any more; prune it in memory.")
+    return model, weights
+
+
+def _begin(
+    folder: Path, source: str, work: Work, weights: Weights, config: SparsityConfig, dtype: Any, sparse_format: str | None
+) -> None:  # fmt: skip
+    """Write down what is begun, or see that it is what was begun before."""
+    versions = environment.versions()
+    now = {
+        "format": FORMAT, "source": source, "config": config.resolved().to_dict(), "dtype": None if dtype is None else str(dtype),
+        "sparse_format": sparse_format or "dense", "files": files_told([folder / CONFIG, *weights.inputs.paths], weights),
+        "versions": {name: versions[name] for name in ("hf_sparse", "torch", "transformers") if name in versions},
+    }  # fmt: skip
+    known = work.journal.last("start")
+    if known is not None:
+        check_same(known, now, work.destination)
+        return
+    work.empty_but_journal()
+    work.journal.add("start", now)
+
+
+def _write_beside(folder: Path, destination: Path, model: Any, tokenizer: Any) -> None:
+    """All that stands beside the weights; config.json, by which the model would be found, comes late."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    copied, _ = files_beside(names)
+    for name in copied:
+        if name not in _OURS:
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, destination / name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(destination)
+    if model.can_generate() and not (destination / "generation_config.json").exists():
+        model.generation_config.save_pretrained(destination)
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(destination)
+    describe(model, destination)
