@@ -18,6 +18,7 @@ from hf_sparse.blockwise import Run, with_data, without_data
 from hf_sparse.calibrate import make_batches, ready, survey
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Samples, tokens_of
+from hf_sparse.early import check_run
 from hf_sparse.errors import CalibrationError, ConfigError, HfSparseError, ModelError, PruningInterrupted
 from hf_sparse.families import find_sites
 from hf_sparse.permute import Permutations, check_permutable
@@ -94,6 +95,8 @@ def _prune(model: nn.Module, config: SparsityConfig, shared: Shared, start: floa
     run.notes += _scan(run)
     given = config.calibration is not None
     samples = shared.samples(model, config) if given else None
+    if samples is not None:
+        check_run(model, inventory, chosen, config, samples.tokens)
     permutations = Permutations()
     with ready(model):
         _attempt(run, samples, permutations, shared)

@@ -13,12 +13,8 @@ from hf_sparse.cli.loading import add_loading, load_model, load_processor, model
 from hf_sparse.cli.prune import options as read_options
 from hf_sparse.config import PredictorConfig
 from hf_sparse.config.serialise import read_fields
-<<<<<<< HEAD
 from hf_sparse.contextual import Carried, carried_by, detach, train_predictors_
-=======
-from hf_sparse.contextual import detach, train_predictors_
 from hf_sparse.destination import check_destination, complete_folder
->>>>>>> wt-s
 from hf_sparse.errors import ConfigError
 from hf_sparse.plot import new_figure
 from hf_sparse.predictors.criteria import criterion_of

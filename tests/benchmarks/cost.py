@@ -2,16 +2,17 @@
 
 Random Llamas of three sizes are pruned; from what each phase took, the rates of the machine are fitted, in units of a forward pass
 over the same tokens in the same run. Then a fourth, larger one is foretold and pruned. CPU time, one thread.
-`--memory` compares the dry run's memory and disk with a streamed run instead (`--in-memory`: with a run in memory).
+`--memory RECIPE` compares the dry run's memory and disk with a streamed run of the third instead (`--in-memory`: with a run in memory).
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,10 +30,14 @@ from hf_sparse import environment as surroundings
 from hf_sparse.calibrate import make_batches
 from hf_sparse.cost import Data, Work
 from hf_sparse.families import find_sites
+from hf_sparse.forecast import forecast
 from hf_sparse.plan import select
 from hf_sparse.record import Recorder
+from hf_sparse.room import process_memory
 from hf_sparse.shapes import ModelShape, recipe_of, shape_of
 from hf_sparse.shared import Shared
+from hf_sparse.stream import prune_checkpoint
+from hf_sparse.streaming.work import work_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 # name -> hidden, intermediate, blocks, vocabulary
@@ -239,17 +244,80 @@ def show(result: dict[str, Any]) -> None:
         print("rates:", json.dumps(found["rates, in FLOPs of a forward pass"]))
 
 
+# ---------------------------------------------------------------------------------------------------- memory and disk
+
+
+class Sampler(threading.Thread):
+    """Looks at the process every few milliseconds: private memory, and files of hidden states that are mapped."""
+
+    def __init__(self, work: Path) -> None:
+        super().__init__(daemon=True)
+        self.private = self.hidden = self.disk = 0
+        self._work, self.done = work, threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.005):
+            self.private = max(self.private, process_memory())
+            ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if "/.hidden-" in line]
+            self.hidden = max(self.hidden, sum(int(end, 16) - int(start, 16) for start, end in ranges))
+            files = [path.stat().st_blocks * 512 for path in self._work.rglob("*") if path.is_file()] if self._work.exists() else []
+            self.disk = max(self.disk, sum(files))
+
+
+def memory(recipe: str, stream: bool, hidden: int) -> dict[str, Any]:
+    """The dry run's figures and those of the run, of a new process."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, target = Path(name) / "model", Path(name) / "pruned"
+        model("99 M").save_pretrained(folder)
+        gc.collect()
+        rows = tokens("99 M")
+        config = SparsityConfig(calibration=rows, num_samples=len(rows), sequence_length=LENGTH, **RECIPES[recipe])
+        told = forecast(folder, config, target, stream=stream, hidden_memory=hidden)
+        gc.collect()
+        malloc_trim()
+        before, sampler = process_memory(), Sampler(work_folder(target))
+        start = time.perf_counter()
+        sampler.start()
+        if stream:
+            prune_checkpoint(folder, target, config, hidden_memory=hidden)
+        else:
+            llama = LlamaForCausalLM.from_pretrained(folder)
+            prune_(llama, config)
+            llama.save_pretrained(target)
+        took = time.perf_counter() - start
+        sampler.done.set()
+        sampler.join()
+        written = sum(path.stat().st_blocks * 512 for path in target.rglob("*") if path.is_file())
+        return {
+            "recipe": recipe, "stream": stream, "hidden_memory": hidden, "memory told": told.memory, "memory": sampler.private - before,
+            "hidden in files told": told.disk["hidden states"], "hidden in files": sampler.hidden,
+            "disk told": told.disk["destination and work folder"], "disk": max(sampler.disk, written),
+            "seconds told": told.seconds, "seconds": took,
+        }  # fmt: skip
+
+
+def malloc_trim() -> None:
+    """Used again unseen, memory that was freed before would be missing from the growth."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--measured", type=Path, help="take what an earlier run with --keep has measured")
+    parser.add_argument("--memory", choices=list(RECIPES))
+    parser.add_argument("--in-memory", action="store_true")
+    parser.add_argument("--hidden", type=int, default=2**32, help="bytes of hidden states in memory")
+    parser.add_argument("--measured", type=Path, nargs="+", help="take what an earlier run with --keep has measured")
     parser.add_argument("--keep", type=Path, help="write down what was measured")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    measured: list[dict[str, Any]] = json.loads(arguments.measured.read_text()) if arguments.measured else []
+    if arguments.memory:
+        print(json.dumps(memory(arguments.memory, not arguments.in_memory, arguments.hidden)))
+        return
+    measured: list[dict[str, Any]] = [one for file in arguments.measured or () for one in json.loads(file.read_text())]
     if not measured:
         for size in arguments.sizes:
             for recipe in RECIPES:
