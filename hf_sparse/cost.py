@@ -11,7 +11,12 @@ from typing import Any, Self
 
 from hf_sparse.registry import METRICS, UPDATES
 
-STRIPES = 8  # a Gram matrix's product is made of that many stripes above the diagonal: (1 + 1 / STRIPES) / 2 of the whole
+STRIPES = (
+    8  # a Gram matrix's product is made of that many stripes above the diagonal: (1 + 1 / STRIPES) / 2 of the whole
+)
+HOLES = (
+    3 * 2**25
+)  # bytes that a CPU's allocator keeps of freed tensors below the size (32 MiB) from which it gives them back at once
 WIDE, EXACT = 4, 8  # bytes of a number in fp32 and fp64
 
 
@@ -212,7 +217,7 @@ def training(block: BlockShape, data: Data, steps: int) -> Work:
     """
     batch = Data(data.batch, data.length, data.batch)
     once = forward(block, batch, WIDE)
-    checked = max(1, data.batches // 8) if data.batches >= 4 else data.batches  # noqa: PLR2004  (as reconstruct.py splits them)
+    checked = max(1, data.batches // 8) if data.batches >= 4 else data.batches
     passes = once * (3 * steps + 2 * checked + data.batches)
     wide = Work(wide=passes.product + passes.attention, moved=passes.moved, calls=passes.calls)
     return wide + Work(moved=steps * block.parameters * WIDE * 14, calls=steps * 30 * len(block.inputs))
@@ -244,7 +249,12 @@ def memory(block: BlockShape, recipe: Recipe, data: Data, itemsize: int, ranks: 
     gram = EXACT if "gram" in recipe.statistics else 0
     stats = sum(one.copies * (EXACT * one.columns + gram * one.columns**2) for one in inputs)
     solving = max((_solving(one, recipe) for one in inputs), default=0)
-    running = own.batch * own.length * itemsize * (4 * block.hidden + 2 * max((one.rows + one.columns for one in block.inputs), default=0))
+    running = (
+        own.batch
+        * own.length
+        * itemsize
+        * (4 * block.hidden + 2 * max((one.rows + one.columns for one in block.inputs), default=0))
+    )
     stopped = streams * own.tokens * itemsize * (widest + block.hidden) if recipe.two_streams else 0
     if "reconstruct" in recipe.updates:
         trained = block.parameters * WIDE * 5 + running * len(block.inputs)
@@ -257,10 +267,14 @@ def _solving(one: InputShape, recipe: Recipe) -> int:
     """Bytes while the sites of one input are solved together, or the largest alone where there is no update."""
     alone = recipe.updates == ("none",)
     weights = one.columns * (max(one.pruned) if alone else sum(one.pruned))
-    sorting = 12 if recipe.grouped else 26  # scores with ranks and mask; with the sorted values and their places (int64)
+    sorting = (
+        12 if recipe.grouped else 26
+    )  # scores with ranks and mask; with the sorted values and their places (int64)
     total = sorting * weights
     if "gram" in recipe.statistics:
-        total = max(total, 5 * WIDE * weights) + 5 * EXACT * one.columns**2  # the matrix, a damped copy and three factors
+        total = (
+            max(total, 5 * WIDE * weights) + 5 * EXACT * one.columns**2
+        )  # the matrix, a damped copy and three factors
     return total
 
 

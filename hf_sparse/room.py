@@ -103,7 +103,9 @@ def _group_limits() -> Iterator[Room]:
                 continue
             most, used = _number(folder / names[0]), _number(folder / names[1])
             if most is not None and used is not None and most < 2**60:  # version 1 has no word for "no limit"
-                back = next((int(line.split()[1]) for line in _lines(folder / "memory.stat") if line.split()[0] == names[2]), 0)
+                back = next(
+                    (int(line.split()[1]) for line in _lines(folder / "memory.stat") if line.split()[0] == names[2]), 0
+                )
                 yield Room(max(0, most - used + back), "the control group's limit, as of a container")
 
 

@@ -14,7 +14,14 @@ from hf_sparse.registry import ALLOCATIONS, METRICS, UPDATES
 from hf_sparse.sites import Site
 
 _SHARED = {"q": "q k v", "k": "q k v", "v": "q k v", "gate": "gate up", "up": "gate up"}
-_CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k", "num_selected_experts")
+_CHOSEN_EXPERTS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k",
+    "num_selected_experts",
+)
 _ALL_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -47,7 +54,9 @@ def shape_of(model: nn.Module, inventory: Inventory, chosen: Mapping[int, Sequen
     parameters = {id(parameter): parameter for parameter in model.parameters()}
     width = _width(text)
     blocks = tuple(
-        _block(block.module, inventory.sites[block.index], {site.name for site in chosen.get(block.index, ())}, width, text)
+        _block(
+            block.module, inventory.sites[block.index], {site.name for site in chosen.get(block.index, ())}, width, text
+        )
         for block in inventory.blocks
     )
     floating = [parameter for parameter in parameters.values() if parameter.is_floating_point()]
@@ -136,7 +145,7 @@ def recipe_of(config: SparsityConfig) -> Recipe:
     first = next((update for update in updates if not update.traits.get("sets_target")), None)
     return Recipe(
         metrics=tuple(sorted(names)), statistics=frozenset(measured.union(*(update.needs for update in updates))),
-        updates=config.update, options={update.name: config.options_of(update.name) for update in updates},
+        updates=tuple(config.update), options={update.name: config.options_of(update.name) for update in updates},
         grouped=Pattern.parse(config.pattern).group is not None,
         own_choice=first is not None and first.traits.get("own_metric") == config.metric,
         two_streams=any(update.traits.get("second_stream") for update in updates),

@@ -12,7 +12,7 @@ from hf_sparse.calibrate import TOKEN_BUDGET
 from hf_sparse.config import SparsityConfig
 from hf_sparse.cost import Data
 from hf_sparse.destination import check_destination
-from hf_sparse.errors import ConfigError, unknown
+from hf_sparse.errors import CheckpointError, ConfigError, unknown
 from hf_sparse.forecast.calibration import calibrate
 from hf_sparse.forecast.opening import Source, look
 from hf_sparse.forecast.phases import Job, peak, phases, spilled
@@ -68,7 +68,9 @@ def forecast(
     source = str(embedded.model_path()) if str(source) == embedded.NAME else str(source)
     found = look(source, config, dtype, options)
     machine = calibrate(found.shape, config, found.dtype, place)
-    job = _job(found, config, machine.rates, machine.solvers, stream, ranks, hidden_bytes(hidden_memory), sparse_format, dtype)
+    job = _job(
+        found, config, machine.rates, machine.solvers, stream, ranks, hidden_bytes(hidden_memory), sparse_format, dtype
+    )
     told = _told(without_secrets(one_line(source)), place, found, job, time.perf_counter() - start)
     if refuse and told.problems:
         raise told.problems[0]
@@ -107,19 +109,17 @@ def _told(source: str, place: Path | None, found: Source, job: Job, seconds: flo
         disk["dense weights in their new order"] = job.shape.parameters * job.shape.itemsize
     needed, base = max(part.memory for part in parts), process_memory()
     problems: list[Exception] = []
-    remedy = _remedy(job)
-    for check in (
-        lambda: check_memory(needed, "pruning", remedy),
-        lambda: place is None
-        or check_disk(
-            place, sum(size for name, size in disk.items() if name != "download"), "pruning",
-            "Give a destination on another disk" + (", or more --hidden-memory." if disk["hidden states"] else "."),
-        ),
-    ):  # fmt: skip
-        try:
-            check()
-        except ValueError as error:
-            problems.append(error)
+    try:
+        check_memory(needed, "pruning", _remedy(job))
+    except ConfigError as error:
+        problems.append(error)
+    try:
+        if place is not None:
+            more = ", or more --hidden-memory." if disk["hidden states"] else "."
+            size = sum(size for name, size in disk.items() if name != "download")
+            check_disk(place, size, "pruning", f"Give a destination on another disk{more}")
+    except CheckpointError as error:
+        problems.append(error)
     return Forecast(
         model=source, destination=None if place is None else str(place), stream=job.stream, ranks=job.ranks,
         blocks=len(job.shape.blocks), parameters=job.shape.parameters, weights_pruned=job.shape.weights_pruned,
@@ -137,9 +137,7 @@ def _remedy(job: Job) -> str:
     if top.hidden > top.total // 4 and (not job.stream or job.hidden_memory > top.hidden // 2):
         ways.append("less --hidden-memory" if job.stream else "a smaller num_samples or sequence_length")
     if top.statistics + top.work > top.total // 2 and "gram" in job.recipe.statistics:
-        ways.append("a method without Gram matrices, such as metric=\"wanda\" with update=\"none\"")
+        ways.append('a method without Gram matrices, such as metric="wanda" with update="none"')
     if job.stream:
         ways.append("a smaller num_samples")
     return f"Use {', or '.join(ways)}."
-
-

@@ -144,9 +144,13 @@ def _pruning(config: SparsityConfig, rates: Rates, dtype: torch.dtype) -> tuple[
     hidden, intermediate = _SMALL
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=64, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=1, num_attention_heads=3,
+            vocab_size=64,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=1,
+            num_attention_heads=3,
             num_key_value_heads=3,
-        )  # fmt: skip
+        )
     ).to(dtype)
     updates = [name for name in config.update if name != "none"]
     # Where the update chooses the mask itself, nothing is scored: what is left of the metric is its choice among magnitudes.

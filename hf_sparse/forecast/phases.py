@@ -87,18 +87,33 @@ def peak(job: Job) -> Memory:
     return max(found, key=lambda one: one.total)
 
 
+def _in_memory(job: Job) -> tuple[int, int, int]:
+    """Batches of one process, how many of them have their hidden states in memory, and the bytes of those of one batch.
+
+    What goes into a block and what comes out may take half of the limit each; a batch is in memory or in a file as a whole.
+    """
+    data = job.data
+    if data is None:
+        return 0, 0, 1
+    batches = (2 if job.recipe.two_streams else 1) * _own(job, data).batches
+    size = max(1, data.batch * data.length * job.shape.hidden * job.shape.itemsize)
+    return batches, min(batches, job.hidden_memory // 2 // size) if job.stream else batches, size
+
+
 def spilled(job: Job) -> int:
-    """Bytes of hidden states in files at a time, of all processes: what goes in and what comes out may take half of the limit each."""
-    if not job.stream:
-        return 0
-    return max(0, peak(job).hidden - job.hidden_memory) * job.ranks
+    """Bytes of hidden states in files at a time, of all processes: of all batches that are not in memory what goes in and what comes out,
+    and of two what came out dense and pruned.
+    """
+    batches, kept, size = _in_memory(job)
+    return 2 * (batches - kept + 1) * size * job.ranks if kept < batches else 0
 
 
 def private_peak(job: Job) -> int:
     """Private bytes beside what the process has from the start."""
     top = peak(job)
-    hidden = min(top.hidden, job.hidden_memory) if job.stream else top.hidden
-    return job.weights + top.total - top.hidden + hidden
+    batches, kept, size = _in_memory(job)
+    hidden = top.hidden if kept == batches else 2 * kept * size
+    return job.weights + top.total - top.hidden + hidden + cost.HOLES
 
 
 # ---------------------------------------------------------------------------------------------------- one after the other
@@ -213,7 +228,12 @@ def _parts(job: Job, data: Data) -> dict[str, Work | None]:
             steps = int(job.recipe.options_of("reconstruct")["steps"])
             updates += cost.training(block, _own(job, data), steps)
     again = 2 if job.stream else 0  # a block is read to be pruned, and compared with what it was when it is written
-    return {"forward passes": passes + _read(job) * again, "statistics": statistics, "scores and masks": masks, "updates": updates}
+    return {
+        "forward passes": passes + _read(job) * again,
+        "statistics": statistics,
+        "scores and masks": masks,
+        "updates": updates,
+    }
 
 
 def _passes(job: Job, block: BlockShape, data: Data) -> Work:
@@ -230,10 +250,13 @@ def _blocks(job: Job) -> list[Phase]:
     if job.data is None:
         masks = sum((cost.masks(block, job.recipe) for block in job.shape.blocks), Work()) + _read(job)
         return [_phase(job, "scores and masks", masks)]
-    unknown = [name for name in job.config.update if "cost" not in UPDATES[name].traits and not UPDATES[name].traits.get("runs_blocks")]
-    notes = {"updates": f"update {unknown[0]!r} tells no cost" if unknown else ""}
-    if "admm" in job.config.update:
-        notes["updates"] = "as many iterations as on random weights are assumed"
+    unknown = [
+        name
+        for name in job.config.update
+        if "cost" not in UPDATES[name].traits and not UPDATES[name].traits.get("runs_blocks")
+    ]
+    note = "as many iterations as on random weights are assumed" if "admm" in job.config.update else ""
+    notes = {"updates": f"update {unknown[0]!r} tells no cost" if unknown else note}
     found = []
     for name, work in _parts(job, job.data).items():
         phase = _phase(job, name, work or Work(), notes.get(name, ""))
@@ -243,7 +266,9 @@ def _blocks(job: Job) -> list[Phase]:
 
 def _write(job: Job) -> Phase:
     shape, size = job.shape, job.shape.itemsize
-    compressed = cost.bitmask_bytes(shape.parameters, size, job.sparsity * shape.weights_pruned / max(1, shape.parameters))
+    compressed = cost.bitmask_bytes(
+        shape.parameters, size, job.sparsity * shape.weights_pruned / max(1, shape.parameters)
+    )
     work, disk = Work(written=job.files), job.files
     if job.compress:
         packed = Work(written=compressed, read=job.files, moved=8 * job.files)

@@ -65,7 +65,9 @@ class Forecast:
             lines.append(f"{phase.name:<36} {time:>13} {sizes}" + (f"  {phase.note}" if phase.note else ""))
         known = sum(phase.seconds or 0.0 for phase in self.phases)
         total = duration(known) if self.seconds is not None else f"more than {duration(known)}"
-        lines.append(f"in all {total} on {self.threads} thread{'s' if self.threads > 1 else ''}; measured in {self.measuring:.1f} s")
+        lines.append(
+            f"in all {total} on {self.threads} thread{'s' if self.threads > 1 else ''}; measured in {self.measuring:.1f} s"
+        )
         left = f"; left are {shown(self.memory_left.bytes)} ({self.memory_left.limit})" if self.memory_left else ""
         lines.append(f"memory: {shown(self.memory)} beside the {shown(self.process)} of the process itself{left}")
         parts = ", ".join(f"{name} {shown(size)}" for name, size in self.disk.items() if size)

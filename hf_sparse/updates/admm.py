@@ -34,7 +34,11 @@ def cost(rows: int, columns: int, options: Mapping[str, Any]) -> Work:
     if options["mask"] != "choose":
         return final
     number = min(int(options["iterations"]), _USUAL)
-    work = Work(wide=2 * rows * columns**2 * (number + 1), moved=20 * WIDE * rows * columns * number, weighed=rows * columns * number)
+    work = Work(
+        wide=2 * rows * columns**2 * (number + 1),
+        moved=20 * WIDE * rows * columns * number,
+        weighed=rows * columns * number,
+    )
     penalties = number / _CHECK
     if columns > _EIGEN_UPTO:
         return final + work + Work(exact=columns**3 * penalties / _RARER)

@@ -46,9 +46,7 @@ def solve(
 def cost(rows: int, columns: int, options: Mapping[str, Any]) -> Work:
     """One product with the matrix and a dozen passes over the weights for each iteration, and three products before the first."""
     number = int(options["iterations"])
-    return Work(
-        wide=2 * rows * columns**2 * (number + 3), moved=36 * WIDE * rows * columns * number, calls=20 * number
-    )
+    return Work(wide=2 * rows * columns**2 * (number + 3), moved=36 * WIDE * rows * columns * number, calls=20 * number)
 
 
 @UPDATES.register(

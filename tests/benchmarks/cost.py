@@ -41,7 +41,12 @@ from hf_sparse.streaming.work import work_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 # name -> hidden, intermediate, blocks, vocabulary
-SIZES = {"12 M": (320, 864, 8, 8000), "38 M": (512, 1408, 11, 12000), "99 M": (768, 2048, 14, 16000), "295 M": (1280, 3456, 16, 16000)}
+SIZES = {
+    "12 M": (320, 864, 8, 8000),
+    "38 M": (512, 1408, 11, 12000),
+    "99 M": (768, 2048, 14, 16000),
+    "295 M": (1280, 3456, 16, 16000),
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "2:4 dass": {"metric": "dass", "pattern": "2:4"},
     "50 % sparsegpt": {"metric": "sparsegpt", "pattern": "unstructured", "sparsity": 0.5},
@@ -56,9 +61,15 @@ def model(size: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks,
-            num_attention_heads=hidden // 64, num_key_value_heads=1, tie_word_embeddings=True, max_position_embeddings=2048,
-        )  # fmt: skip
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=blocks,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            max_position_embeddings=2048,
+        )
     ).eval()
 
 
@@ -127,14 +138,18 @@ def measure(size: str, recipe: str, repeats: int) -> dict[str, Any]:
             found["total"] = seconds(lambda: prune_(llama, config))
         found["forward"] = (before + seconds(lambda: plain_pass(llama, rows))) / 2
         found["checks and writing"] = found.pop("block")
-        found["passes"] = found["total"] - sum(value for name, value in found.items() if name not in ("total", "forward"))
+        found["passes"] = found["total"] - sum(
+            value for name, value in found.items() if name not in ("total", "forward")
+        )
         for name, value in found.items():
             times.setdefault(name, []).append(value)
     by_shape: dict[tuple[int, int], list[float]] = {}
     for height, columns, took in groups:
         by_shape.setdefault((height, columns), []).append(took)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    spread = {name: [round(value, 3) for value in values] for name, values in times.items() if name in ("total", "forward")}
+    spread = {
+        name: [round(value, 3) for value in values] for name, values in times.items() if name in ("total", "forward")
+    }
     return {
         "size": size, "recipe": recipe, "parameters": llama.num_parameters(), "seconds": medians, "runs": spread,
         "groups": [[*shape, statistics.median(values)] for shape, values in by_shape.items()],
@@ -240,7 +255,11 @@ def show(result: dict[str, Any]) -> None:
         for row in found["rows"]:
             cells = [f"{row['measured'][phase]:.2f} ({row['foretold'][phase]:.2f})" for phase in PHASES]
             error = row["foretold total"] / row["total"] - 1
-            print(f"| {row['size']} | " + " | ".join(cells) + f" | {row['total']:.2f} | {row['foretold total']:.2f} | {100 * error:+.0f} % |")
+            print(
+                f"| {row['size']} | "
+                + " | ".join(cells)
+                + f" | {row['total']:.2f} | {row['foretold total']:.2f} | {100 * error:+.0f} % |"
+            )
         print("rates:", json.dumps(found["rates, in FLOPs of a forward pass"]))
 
 
@@ -258,19 +277,27 @@ class Sampler(threading.Thread):
     def run(self) -> None:
         while not self.done.wait(0.005):
             self.private = max(self.private, process_memory())
-            ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if "/.hidden-" in line]
+            ranges = [
+                line.split()[0].split("-")
+                for line in Path("/proc/self/maps").read_text().splitlines()
+                if "/.hidden-" in line
+            ]
             self.hidden = max(self.hidden, sum(int(end, 16) - int(start, 16) for start, end in ranges))
-            files = [path.stat().st_blocks * 512 for path in self._work.rglob("*") if path.is_file()] if self._work.exists() else []
+            files = (
+                [path.stat().st_blocks * 512 for path in self._work.rglob("*") if path.is_file()]
+                if self._work.exists()
+                else []
+            )
             self.disk = max(self.disk, sum(files))
 
 
-def memory(recipe: str, stream: bool, hidden: int) -> dict[str, Any]:
+def memory(size: str, recipe: str, stream: bool, hidden: int) -> dict[str, Any]:
     """The dry run's figures and those of the run, of a new process."""
     with tempfile.TemporaryDirectory() as name:
         folder, target = Path(name) / "model", Path(name) / "pruned"
-        model("99 M").save_pretrained(folder)
+        model(size).save_pretrained(folder)
         gc.collect()
-        rows = tokens("99 M")
+        rows = tokens(size)
         config = SparsityConfig(calibration=rows, num_samples=len(rows), sequence_length=LENGTH, **RECIPES[recipe])
         told = forecast(folder, config, target, stream=stream, hidden_memory=hidden)
         gc.collect()
@@ -289,7 +316,7 @@ def memory(recipe: str, stream: bool, hidden: int) -> dict[str, Any]:
         sampler.join()
         written = sum(path.stat().st_blocks * 512 for path in target.rglob("*") if path.is_file())
         return {
-            "recipe": recipe, "stream": stream, "hidden_memory": hidden, "memory told": told.memory, "memory": sampler.private - before,
+            "size": size, "recipe": recipe, "stream": stream, "hidden_memory": hidden, "memory told": told.memory, "memory": sampler.private - before,
             "hidden in files told": told.disk["hidden states"], "hidden in files": sampler.hidden,
             "disk told": told.disk["destination and work folder"], "disk": max(sampler.disk, written),
             "seconds told": told.seconds, "seconds": took,
@@ -315,7 +342,16 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     if arguments.memory:
-        print(json.dumps(memory(arguments.memory, not arguments.in_memory, arguments.hidden)))
+        print(
+            json.dumps(
+                memory(
+                    arguments.sizes[0] if len(arguments.sizes) == 1 else "99 M",
+                    arguments.memory,
+                    not arguments.in_memory,
+                    arguments.hidden,
+                )
+            )
+        )
         return
     measured: list[dict[str, Any]] = [one for file in arguments.measured or () for one in json.loads(file.read_text())]
     if not measured:
