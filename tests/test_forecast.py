@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub.client import Hub
 from models import llama, text, token_rows, tokenizer
 
 import hf_sparse
@@ -80,6 +81,9 @@ def test_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert {"model", "destination", "ranks", "blocks", "parameters", "weights_pruned", "tokens", "process", "memory", "mapped", "disk",
             "memory_left", "disk_left", "problems", "seconds", "measuring", "rates", "solvers", "threads"} <= set(told)  # fmt: skip
     assert told["problems"] == []
+    for more, part in ((["--evaluate", "x.txt"], "leave that out"), (["--hidden-memory", "1GB"], "belong to --stream")):
+        assert main([*words, *more]) == 1
+        assert part in capsys.readouterr().err
     assert not (tmp_path / "pruned").exists()
 
 
@@ -154,6 +158,18 @@ def test_disk(saved: Path, tmp_path: Path, changes: dict[str, Any], kept: float,
     size = told.parameters * 4
     assert told.disk["destination and work folder"] / size == pytest.approx(disk, abs=0.1)
     assert told.phases[0].mapped == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_repository_is_looked_at_and_its_weights_are_not_fetched(saved: Path, hub: Hub, tmp_path: Path) -> None:
+    for path in sorted(saved.iterdir()):
+        hub.edit("user/dense", path.name, path.read_bytes())
+    told, local = forecast("user/dense", config(), tmp_path / "pruned"), forecast(saved, config(), tmp_path / "pruned")
+    size = (saved / "model.safetensors").stat().st_size
+    assert told.disk["download"] == told.phases[0].disk == size
+    assert (told.phases[0].name, told.phases[0].seconds) == ("download", None)
+    assert (told.parameters, told.memory, told.phases[1:]) == (local.parameters, local.memory, local.phases)
+    assert not list(hub.cache.rglob("*.safetensors"))
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

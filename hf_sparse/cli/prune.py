@@ -150,14 +150,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"calibration and evaluation both name {arguments.evaluate!r}; measure on other text, or give --allow-same-text."
         )
+    if not arguments.stream and (arguments.restart or arguments.hidden_memory is not None):
+        raise ConfigError("--restart and --hidden-memory belong to --stream; give that too, or leave them out.")
     if arguments.dry_run:
         _foretell(arguments, config)
         return
     if arguments.stream:
         _tell(arguments, _stream(arguments, config))
         return
-    if arguments.restart or arguments.hidden_memory is not None:
-        raise ConfigError("--restart and --hidden-memory belong to --stream; give that too, or leave them out.")
     model = load_model(arguments)
     processor = load_processor(arguments)
     measuring = {
@@ -178,6 +178,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _foretell(arguments: argparse.Namespace, config: SparsityConfig) -> None:
+    if arguments.evaluate:
+        raise ConfigError("--dry-run foretells the pruning, not --evaluate; leave that out.")
     check_dtype(arguments.dtype)
     given: Mapping[str, Any] = {} if arguments.hidden_memory is None else {"hidden_memory": arguments.hidden_memory}
     told = forecast(

@@ -15,7 +15,7 @@ from hf_sparse.destination import check_destination
 from hf_sparse.errors import CheckpointError, ConfigError, unknown
 from hf_sparse.forecast.calibration import calibrate
 from hf_sparse.forecast.opening import Source, look
-from hf_sparse.forecast.phases import Job, peak, phases, spilled
+from hf_sparse.forecast.phases import Job, Phase, peak, phases, spilled
 from hf_sparse.forecast.told import Forecast
 from hf_sparse.room import check_disk, check_memory, disk_left, memory_left, process_memory
 from hf_sparse.storage import FORMATS
@@ -104,6 +104,8 @@ def data_of(config: SparsityConfig, longest: int | None) -> Data | None:
 
 def _told(source: str, place: Path | None, found: Source, job: Job, seconds: float) -> Forecast:
     parts = phases(job)
+    if found.download:
+        parts.insert(0, Phase("download", None, disk=found.download, note="the network is not measured"))
     disk = {"download": found.download, "hidden states": spilled(job), "destination and work folder": parts[-1].disk}
     if job.stream and job.config.permute:
         disk["dense weights in their new order"] = job.shape.parameters * job.shape.itemsize
@@ -118,6 +120,8 @@ def _told(source: str, place: Path | None, found: Source, job: Job, seconds: flo
             more = ", or more --hidden-memory." if disk["hidden states"] else "."
             size = sum(size for name, size in disk.items() if name != "download")
             check_disk(place, size, "pruning", f"Give a destination on another disk{more}")
+        if found.download:
+            check_disk(found.cache, found.download, "downloading the weights", "Give --cache-dir on another disk.")
     except CheckpointError as error:
         problems.append(error)
     return Forecast(

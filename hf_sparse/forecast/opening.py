@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoConfig
 
 from hf_sparse.config import SparsityConfig
@@ -12,7 +14,7 @@ from hf_sparse.errors import CheckpointError, ConfigError
 from hf_sparse.families import find_sites
 from hf_sparse.hub import is_weights
 from hf_sparse.plan import select
-from hf_sparse.remote import Folder, Place, Repository, open_place, read_config
+from hf_sparse.remote import CONFIG, Folder, Place, Repository, open_place, read_config
 from hf_sparse.shapes import ModelShape, shape_of
 from hf_sparse.streaming.files import DTYPES
 from hf_sparse.text import one_line
@@ -30,6 +32,7 @@ class Source:
     plain_bytes: int  # of the tensors, were none compressed
     converted: bool  # whether loading makes other numbers of them, so that no file is mapped
     download: int  # bytes that come from the Hub first
+    cache: Path  # where they go
     longest: int | None  # tokens of a sample at most
 
 
@@ -44,8 +47,7 @@ def look(source: str, config: SparsityConfig, dtype: str | torch.dtype | None, o
     if "adapter_config.json" in place.files:
         raise CheckpointError(f"{one_line(source)!r} holds an adapter; merge it, save the model, and prune that.")
     stored = headers(place)
-    if isinstance(place, Folder):
-        check_config(place.path, stored)
+    check_config(place.local(CONFIG).parent, stored)
     model_config = _config(str(place.path) if isinstance(place, Folder) else source, options)
     kind = auto_class(model_config)
     code = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
@@ -65,6 +67,7 @@ def look(source: str, config: SparsityConfig, dtype: str | torch.dtype | None, o
         file_bytes=sum(place.files[name].size for name in loaded_weights(place)),
         plain_bytes=sum(tensor.size * held[name].itemsize for name, tensor in stored.items()),
         converted=compressed or wanted != own, download=_download(place, options),
+        cache=Path(options.get("cache_dir") or constants.HF_HUB_CACHE),
         longest=_longest(model_config),
     )  # fmt: skip
 
@@ -96,8 +99,6 @@ def _download(place: Place, options: Mapping[str, Any]) -> int:
     """Bytes of weights that are not in the cache of the Hub yet."""
     if not isinstance(place, Repository):
         return 0
-    from huggingface_hub import try_to_load_from_cache
-
     missing = [
         file for name, file in place.files.items()
         if is_weights(name) and name.endswith(".safetensors")
