@@ -26,6 +26,7 @@ _LAZY = {
     "SparseModelCard": "model_cards",
     "Sparsify": "trainer_callbacks",
     "TrainPredictors": "trainer_callbacks",
+    "forecast": "hf_sparse.forecast",
     "prune_checkpoint": "hf_sparse.stream",
     "mask_lora_": "hf_sparse.adapters",
     "merge_and_unload": "hf_sparse.adapters",

@@ -56,6 +56,11 @@ def hidden_states_in(spill: Spill) -> Iterator[None]:
         _spill.reset(token)
 
 
+def spilling() -> Spill | None:
+    """Where the hidden states of the present run live; None: in memory."""
+    return _spill.get()
+
+
 def put_aside(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that stays as it is, whatever is done to the tensor: in memory, or in a file where hidden states go there."""
     spill = _spill.get()

@@ -19,6 +19,7 @@ from hf_sparse.calibrate import make_batches, ready, survey
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Samples, tokens_of
 from hf_sparse.division import checksum
+from hf_sparse.early import check_run
 from hf_sparse.errors import CalibrationError, ConfigError, HfSparseError, ModelError, PruningInterrupted
 from hf_sparse.families import Inventory, find_sites
 from hf_sparse.permute import Permutations, check_permutable
@@ -96,9 +97,10 @@ def _prune(model: nn.Module, config: SparsityConfig, shared: Shared, start: floa
     run = Run(model, config, inventory, chosen, shares(inventory, chosen, config), diary=shared.diary)
     run.batch_size = None if run.diary is None else run.diary.batch_size
     run.notes += _scan(run)
-    given = config.calibration is not None
-    samples = shared.samples(model, config) if given else None
+    samples = None if config.calibration is None else shared.samples(model, config)
     ranks.agree("calibration samples, told by their fingerprint", samples.fingerprint if samples else None)
+    if samples is not None:
+        check_run(model, inventory, chosen, config, -(-samples.tokens // ranks.count()))
     permutations = Permutations()
     with ready(model):
         if ranks.count() > 1:  # a model that draws random numbers draws the same ones on all processes

@@ -22,7 +22,7 @@ class Spill:
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._limit = folder, limit
+        self.folder, self.limit = folder, limit
         self._used = 0
         self.bytes_in_files = 0  # in all
 
@@ -43,14 +43,14 @@ class Spill:
         ):
             return leaf
         self._used += leaf.nbytes
-        return leaf if self._used <= self._limit // 2 else self.in_file(leaf)
+        return leaf if self._used <= self.limit // 2 else self.in_file(leaf)
 
     def in_file(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor in a file."""
         source = tensor.detach()
         if not source.nbytes:
             return source.clone()
-        handle, name = tempfile.mkstemp(prefix=".hidden-", dir=self._folder)
+        handle, name = tempfile.mkstemp(prefix=".hidden-", dir=self.folder)
         try:
             take_room(handle, source.nbytes)  # where there is none, a page that is written would be a bus error
             storage = torch.UntypedStorage.from_file(name, shared=True, nbytes=source.nbytes)

@@ -20,6 +20,7 @@ from hf_sparse.prune import prune_sharing_
 from hf_sparse.remote import CARD, CONFIG, Folder, open_place, read_config
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import PICTURE_FILE, Report
+from hf_sparse.room import check_disk
 from hf_sparse.side_files import describe
 from hf_sparse.spill import HIDDEN_MEMORY, Spill
 from hf_sparse.storage import FORMATS
@@ -80,7 +81,7 @@ def prune_checkpoint(
         config = SparsityConfig.of(config)
         config.check_calibration()
         _check(config, sparse_format)
-        limit = _size(hidden_memory)
+        limit = hidden_bytes(hidden_memory)
         destination = Path(destination)
         options: dict[str, Any] = {
             name: value
@@ -121,7 +122,8 @@ def _check(config: SparsityConfig, sparse_format: str | None) -> None:
         )
 
 
-def _size(given: int | str) -> int:
+def hidden_bytes(given: int | str) -> int:
+    """What hidden states may take in memory; raises ConfigError for what is no size."""
     try:
         size = given if isinstance(given, int) else parse_size_to_int(given)
     except ValueError:
@@ -154,6 +156,9 @@ def _prune(
         _begin(folder, source, work, weights, config, dtype, sparse_format)
         work.model.mkdir(exist_ok=True)
         headers = output_headers(model, weights, dtype is not None)
+        if sparse_format is not None:  # a compressed copy stands beside the plain one, and is no larger
+            size = sum(header.file_size for header in headers.values())
+            check_disk(work.path, size, "the compressed result", "Give a destination on another disk.")
         weights.write_to(Outputs(work.model, headers))
         session = Session(weights, work, tokenizer, options)
         spill = Spill(work.path, limit)

@@ -16,10 +16,10 @@ LINES_AT_MOST = 300
 # A module stands on the floor of its longest prefix here. Names without a package are modules of hf_sparse.
 FLOORS = {
     7: "cli __main__",
-    6: "hooks save_hook bench trainer_hook compare search stream trainer_callbacks",
+    6: "forecast hooks save_hook bench trainer_hook compare search stream trainer_callbacks",
     5: "prune prune_report division gradual search trials shared lockstep streams blockwise measure apply reconstruct execution quantizer convert contextual permute hub side_files publish saved harness verify evaluate predictors streaming model_cards.predictors",
-    4: "recipes comparison plot_comparison calibrate wiring snapshot record checkpoint kept adapters peft_hook embedded model_cards remote downloads arrival",
-    3: "families metrics normal_equations allocations patterns updates storage runtime native "
+    4: "shapes early recipes comparison plot_comparison calibrate wiring snapshot record checkpoint kept adapters peft_hook embedded model_cards remote downloads arrival",
+    3: "cost room families metrics normal_equations allocations patterns updates storage runtime native "
     "groups blocks stored replace forwards in_step offload spill destination observe statistics report report_text recovery speed plot config plan allot claim",
     2: "sites registry data stdlib_text hashes meeting ranks",
     1: "errors environment memory after_import wraps text schema",

@@ -18,6 +18,7 @@ from hf_sparse.config.serialise import mapping, read_fields, read_value
 from hf_sparse.destination import check_destination, complete_folder
 from hf_sparse.errors import ConfigError
 from hf_sparse.evaluate import as_evaluation, evaluate
+from hf_sparse.forecast import forecast
 from hf_sparse.prune import prune_
 from hf_sparse.report import Report
 from hf_sparse.spill import HIDDEN_MEMORY
@@ -34,6 +35,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--config", default=None, metavar="FILE", help="JSON or YAML file with the fields of SparsityConfig"
     )
     parser.add_argument("--sparse-format", choices=FORMATS, default=None, help="bitmask writes compressed weights")
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="foretell memory, disk and time by phase, and refuse what cannot fit; the weights are not read and nothing is written",
+    )  # fmt: skip
     _add_streaming(parser)
     fields = parser.add_argument_group("fields of SparsityConfig (they override the file)")
     for name, kind in {"pattern": str, "sparsity": float, "axis": str, "metric": str, "allocation": str, "calibration": str,
@@ -156,11 +161,14 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"calibration and evaluation both name {arguments.evaluate!r}; measure on other text, or give --allow-same-text."
         )
+    if not arguments.stream and (arguments.restart or arguments.hidden_memory is not None):
+        raise ConfigError("--restart and --hidden-memory belong to --stream; give that too, or leave them out.")
+    if arguments.dry_run:
+        _foretell(arguments, config)
+        return
     if arguments.stream:
         _tell(arguments, _stream(arguments, config))
         return
-    if arguments.restart or arguments.hidden_memory is not None:
-        raise ConfigError("--restart and --hidden-memory belong to --stream; give that too, or leave them out.")
     model = load_model(arguments)
     processor = load_processor(arguments)
     measuring = {
@@ -181,6 +189,19 @@ def _run(arguments: argparse.Namespace) -> None:
             processor.save_pretrained(folder)
         model.save_pretrained(folder, sparse_format=arguments.sparse_format)
     _tell(arguments, report)
+
+
+def _foretell(arguments: argparse.Namespace, config: SparsityConfig) -> None:
+    if arguments.evaluate:
+        raise ConfigError("--dry-run foretells the pruning, not --evaluate; leave that out.")
+    check_dtype(arguments.dtype)
+    given: Mapping[str, Any] = {} if arguments.hidden_memory is None else {"hidden_memory": arguments.hidden_memory}
+    told = forecast(
+        model_name(arguments), config, arguments.destination, stream=arguments.stream, overwrite=arguments.overwrite,
+        sparse_format=arguments.sparse_format, dtype=None if arguments.dtype == "auto" else arguments.dtype, **given,
+        **hub_options(arguments),
+    )  # fmt: skip
+    print(json.dumps(told.to_dict()) if arguments.json else told)
 
 
 def _stream(arguments: argparse.Namespace, config: SparsityConfig) -> Report:

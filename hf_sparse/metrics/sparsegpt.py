@@ -2,9 +2,15 @@
 
 import torch
 
+from hf_sparse.cost import Work
 from hf_sparse.metrics import Inputs
 from hf_sparse.normal_equations import factor
 from hf_sparse.registry import METRICS
+
+
+def cost(columns: int) -> Work:
+    """A Cholesky factor and the inverse."""
+    return Work(exact=columns**3, calls=20)
 
 
 @METRICS.register(
@@ -13,6 +19,7 @@ from hf_sparse.registry import METRICS
     needs=("gram",),
     unstructured_axis="site",
     options={"damping": 0.01},
+    cost=cost,
 )
 def sparsegpt(weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     """Squared weight over its entry of the inverse Hessian; with update="sparsegpt" chosen inside the sweep instead.

@@ -3,7 +3,8 @@
 An update is a function of a `Problem` that returns the new weight and its mask. It never sees a model. Its registration may say:
 `needs` (statistics of the input), `own_metric` (with that metric it chooses the mask itself, and gets None), `sets_target`
 (what it returns is no sparse weight but what the updates behind it shall reproduce), `second_stream` (it needs statistics of the
-dense model's activations beside those of the pruned one's), `runs_blocks` (it is done on whole blocks, one floor above).
+dense model's activations beside those of the pruned one's), `runs_blocks` (it is done on whole blocks, one floor above),
+`cost` (a function of rows, columns and options that counts its work, by which the time of a run is foretold; see `hf_sparse/cost.py`).
 """
 
 from collections.abc import Mapping

@@ -3,17 +3,21 @@
 Meng et al. (ALPS), arXiv 2406.07831, sections 3.1 to 3.3, and Boza, arXiv 2401.02938.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+from hf_sparse.cost import WIDE, Work
 from hf_sparse.normal_equations import damped, eigen, factor
 from hf_sparse.registry import UPDATES
 from hf_sparse.updates import Problem, Solution
+from hf_sparse.updates.least_squares import cost as least_squares_cost
 from hf_sparse.updates.least_squares import solve
 
 _CHECK = 3  # iterations between two looks at how far the mask has settled
 _LEAST = 10  # iterations
+_USUAL = 60  # iterations until a mask has settled
 _EIGEN_UPTO, _RARER = 1024, 3  # inputs; how much more rarely the penalty grows beyond
 
 
@@ -22,12 +26,32 @@ def _growth(changed: int, kept: int) -> float:
     return 1.3 if changed > 0.1 * kept else 1.2 if changed > 0.005 * kept else 1.1
 
 
+def cost(rows: int, columns: int, options: Mapping[str, Any]) -> Work:
+    """Iterations until the mask settles, each a product, a choice of the mask and some passes, with an inverse for each penalty; then least
+    squares. How many there are shows in the first weights that are pruned, and is taken to be the same for others.
+    """
+    final = least_squares_cost(rows, columns, {"iterations": options["final_iterations"]})
+    if options["mask"] != "choose":
+        return final
+    number = min(int(options["iterations"]), _USUAL)
+    work = Work(
+        wide=2 * rows * columns**2 * (number + 1),
+        moved=20 * WIDE * rows * columns * number,
+        weighed=rows * columns * number,
+    )
+    penalties = number / _CHECK
+    if columns > _EIGEN_UPTO:
+        return final + work + Work(exact=columns**3 * penalties / _RARER)
+    return final + work + Work(exact=9 * columns**3, wide=2 * columns**3 * penalties)
+
+
 @UPDATES.register(
     "admm",
     source="arXiv 2406.07831, section 3",
     needs=("gram",),
     options={"mask": "choose", "penalty": 0.1, "iterations": 300, "damping": 0.01, "final_iterations": 20},
     choices={"mask": ("choose", "given")},
+    cost=cost,
 )
 def admm(problem: Problem) -> Solution:
     """Weights and mask together by ADMM with a growing penalty, then least squares; option mask="given" keeps the metric's.

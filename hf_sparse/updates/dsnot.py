@@ -3,11 +3,14 @@
 Zhang et al., arXiv 2310.08915, section 3.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
+from hf_sparse.cost import WIDE, Work
 from hf_sparse.registry import UPDATES
 from hf_sparse.updates import Part, Problem, Solution
 
@@ -32,11 +35,18 @@ class _State:
     enough: torch.Tensor  # the error at which a row is done
 
 
+def cost(rows: int, columns: int, options: Mapping[str, Any]) -> Work:
+    """Cycles, each with some passes over all weights to find the pair that changes places."""
+    number = int(options["cycles"])
+    return Work(moved=20 * WIDE * rows * columns * number, weighed=rows * columns, calls=40 * number)
+
+
 @UPDATES.register(
     "dsnot",
     source="arXiv 2310.08915, section 3",
     needs=("moments",),
     options={"cycles": 50, "threshold": 0.1, "variance_power": 1.0},
+    cost=cost,
 )
 def dsnot(problem: Problem) -> Solution:
     """Swaps kept for dropped weights so that each output's mean comes closer to the dense one's; no weight gets a new value.

@@ -3,8 +3,12 @@
 As the last step of ALPS (Meng et al., arXiv 2406.07831, section 3.3).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
+from hf_sparse.cost import WIDE, Work
 from hf_sparse.normal_equations import damped
 from hf_sparse.registry import UPDATES
 from hf_sparse.updates import Problem, Solution
@@ -39,11 +43,18 @@ def solve(
     return solution
 
 
+def cost(rows: int, columns: int, options: Mapping[str, Any]) -> Work:
+    """One product with the matrix and a dozen passes over the weights for each iteration, and three products before the first."""
+    number = int(options["iterations"])
+    return Work(wide=2 * rows * columns**2 * (number + 3), moved=36 * WIDE * rows * columns * number, calls=20 * number)
+
+
 @UPDATES.register(
     "least_squares",
     source="arXiv 2406.07831, section 3.3",
     needs=("gram",),
     options={"iterations": 20, "damping": 0.01},
+    cost=cost,
 )
 def least_squares(problem: Problem) -> Solution:
     """The best values for a given mask: masked least squares by preconditioned conjugate gradients."""

@@ -3,10 +3,13 @@
 Frantar and Alistarh, arXiv 2301.00774, sections 3.2 and 3.3.
 """
 
+from collections.abc import Mapping
 from math import lcm
+from typing import Any
 
 import torch
 
+from hf_sparse.cost import WIDE, Work
 from hf_sparse.normal_equations import inverse_factor
 from hf_sparse.registry import UPDATES
 from hf_sparse.updates import Problem, Solution
@@ -21,12 +24,20 @@ def _piece(problem: Problem, block: int) -> int:
     return lcm(*(part.pattern.group for part in problem.parts if part.axis == "input" and part.pattern.group))
 
 
+def cost(rows: int, columns: int, options: Mapping[str, Any]) -> Work:
+    """Two Cholesky factors and an inverse (4/3 in^3), catching up (out * in^2), and within a block one pass over its rest for each input."""
+    return Work(
+        exact=4 / 3 * columns**3, wide=rows * columns**2, moved=4 * WIDE * rows * columns * _BLOCK / 2, calls=12 * columns,
+    )  # fmt: skip
+
+
 @UPDATES.register(
     "sparsegpt",
     source="arXiv 2301.00774, section 3",
     needs=("gram",),
     own_metric="sparsegpt",
     options={"damping": 0.01},
+    cost=cost,
 )
 def sparsegpt(problem: Problem) -> Solution:
     """One sweep that compensates each dropped weight in the inputs behind it; with metric="sparsegpt" it chooses the mask.
