@@ -41,9 +41,8 @@ def gathered(
 ) -> Iterator["Gathered"]:
     """As `masked` with a dense prompt, with the same choices, but passes of one token for each sequence compute only what is chosen.
 
-    On the CPU, in bfloat16 or float32, dense or on sparse kernels. Other passes after the prompt (several tokens at once, gradients,
-    autocast) are masked. Meanwhile the weights whose columns are chosen lie in memory column after column, and packed ones whose rows
-    are chosen one by one row after row; `.weight` shows them as ever.
+    On the CPU, in bfloat16 or float32, dense or on sparse kernels. Other passes after the prompt (several tokens, gradients, autocast) are
+    masked. Meanwhile weights of which columns or rows are chosen lie in memory so; `.weight` shows them as ever.
 
     Raises: ModelError as `masked`, and for modules whose rows cannot be read one by one; ConfigError for an oracle.
     """
