@@ -10,18 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils import logging
 
 from hf_sparse import checkpoint
 from hf_sparse.config import PredictorConfig
-from hf_sparse.errors import ConfigError, ModelError, unknown
+from hf_sparse.errors import ConfigError, HfSparseError, ModelError
 from hf_sparse.predictors import saving
 from hf_sparse.predictors.criteria import criterion_of
 from hf_sparse.predictors.gathered import Gathered
 from hf_sparse.predictors.layout import Layout
-from hf_sparse.predictors.masked import Masked, runs_now, switched_on
-from hf_sparse.predictors.networks import Predictor, kind_of
+from hf_sparse.predictors.masked import Masked, check_choices, runs_now, switched_on
+from hf_sparse.predictors.networks import Predictor, blank, kind_of
 from hf_sparse.predictors.recording import record
 from hf_sparse.predictors.saving import Saved
 from hf_sparse.predictors.select import Selection
@@ -55,9 +56,9 @@ def train_predictors_(
     inner: Any = checkpoint.unwrap(model)
     layout = check(inner, config)
     options = dict(config.options)
-    training = Training(**{"seed": seed, **options.pop("training", {})})
-    detach(inner)
+    training = Training.of(options.pop("training", {}), seed)
     with ExitStack() as stack:
+        stack.enter_context(predictors_paused(inner, "be trained for"))
         place = folder if folder is not None else stack.enter_context(tempfile.TemporaryDirectory())
         traces = record(
             inner, calibration, place, criterion=config.criterion, layout=layout, tokenizer=tokenizer, num_samples=num_samples,
@@ -77,24 +78,30 @@ def check(model: nn.Module, config: PredictorConfig) -> Layout:
         raise ConfigError(
             'kind="oracle" looks at the true activations, so it can be measured but not run; take another kind.'
         )
-    kind_of(config.kind, {name: value for name, value in config.options.items() if name != "training"})
     criterion_of(config.criterion)
-    training = config.options.get("training", {})
-    known = {item.name for item in dataclasses.fields(Training)}
-    if strange := next((name for name in training if name not in known), None):
-        raise ConfigError(unknown("option training", strange, known))
-    return Layout.of(model, config.dense_blocks, config.neuron_block)
+    options = dict(config.options)
+    Training.of(options.pop("training", {}), 0)
+    layout = Layout.of(model, config.dense_blocks, config.neuron_block)
+    with torch.random.fork_rng([]):  # one without anything learned, to see what it could tell
+        predictor = kind_of(config.kind, options)(layout, config.criterion, blank(layout), {"rank": 1, **options})
+    check_choices(predictor, layout.units(model), _selection(config))
+    return layout
 
 
 def attach_(model: Any, saved: Saved) -> None:
-    """Let a model carry a predictor, and switch it on; one that it carried before is taken off."""
+    """Let a model carry a predictor, and switch it on; one that it carried before is taken off, unless this one cannot be used."""
+    before = carried_by(model)
     detach(model)
-    config = saved.config
     carried = Carried(**{item.name: getattr(saved, item.name) for item in dataclasses.fields(Saved)})
+    try:
+        _switch_on(model, carried)
+    except HfSparseError:
+        if before is not None:
+            attach_(model, before)
+        raise
     object.__setattr__(model, _CARRIED, carried)
     if hasattr(model, "config"):
-        setattr(model.config, CONFIG_KEY, {"kind": config.kind, "version": 1})
-    _switch_on(model, carried)
+        setattr(model.config, CONFIG_KEY, {"kind": saved.config.kind, "version": 1})
 
 
 def detach(model: Any) -> None:
@@ -118,11 +125,14 @@ def predictors_disabled(model: Any) -> Iterator[None]:
     carried = carried_by(model)
     if carried is None:
         raise ModelError("the model carries no predictors; train_predictors_ gives it some.")
+    inner = checkpoint.unwrap(model)
+    was_on = bool(runs_now(inner))  # not inside another `with` of this
     carried.running.close()
     try:
         yield
     finally:
-        _switch_on(checkpoint.unwrap(model), carried)
+        if was_on:
+            _switch_on(inner, carried)
 
 
 @contextmanager
@@ -143,11 +153,13 @@ def predictors_paused(model: nn.Module, doing: str) -> Iterator[None]:
     yield
 
 
+def _selection(config: PredictorConfig) -> Selection:
+    return Selection(keep_neurons=config.keep_neurons, keep_heads=config.keep_heads, mode=config.selection)
+
+
 def _switch_on(model: Any, carried: Carried) -> None:
-    config = carried.config
-    selection = Selection(keep_neurons=config.keep_neurons, keep_heads=config.keep_heads, mode=config.selection)
     with evaluating(model):  # that a model in training mode is refused is said when it runs
-        carried.running = _run(model, carried.predictor, selection, config.refresh_every)
+        carried.running = _run(model, carried.predictor, _selection(carried.config), carried.config.refresh_every)
     carried.running.callback(object.__delattr__, model, "__deepcopy__")
     object.__setattr__(model, "__deepcopy__", partial(_copied, model))
 

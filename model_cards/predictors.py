@@ -16,6 +16,7 @@ from model_cards.escape import code, fenced, json_text, plain
 from model_cards.parts import PREDICTORS
 from model_cards.source import inherited, is_repository, known_name, local_card
 
+_SHOWN = 20  # numbers of blocks
 _KINDS = {
     "shadow": "one network for the whole model, read at the input of the first block that skips",
     "dejavu": "one network for each block",
@@ -88,7 +89,7 @@ def section(about: About) -> str:
         ("Chosen", _chosen(config)),
         (
             "Blocks",
-            f"{len(layout.blocks)} of {layout.total_blocks} skip; dense: {', '.join(map(str, layout.dense_blocks)) or 'none'}",
+            f"{len(layout.blocks)} of {layout.total_blocks} skip; dense: {_numbers(layout.dense_blocks)}",
         ),
         ("Numbers in the file", f"{about.weights:,}"),
         ("Learned from", _learned(about)),
@@ -101,6 +102,11 @@ def section(about: About) -> str:
         fenced(_SNIPPET, "python"), "", "The exact config:", "", fenced(json_text(config.to_dict()), "json"),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _numbers(blocks: tuple[int, ...]) -> str:
+    more = f" and {len(blocks) - _SHOWN} more" if len(blocks) > _SHOWN else ""
+    return (", ".join(map(str, blocks[:_SHOWN])) or "none") + more
 
 
 def _chosen(config: PredictorConfig) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import llama, tokenizer
@@ -95,6 +96,27 @@ def test_its_own_predictors_are_measured_and_recorded(folder: Path, capsys: pyte
     assert [one.neurons for one in found] == ["50 %", "75 %"]
 
 
+def test_what_was_measured_is_told_though_it_cannot_be_recorded(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "file").write_text("no folder")
+    words = [
+        "predictor",
+        "evaluate",
+        str(folder / "model"),
+        "--kinds",
+        "static",
+        "--calibration",
+        str(folder / "train.txt"),
+        *QUICK,
+    ]
+    words += ["--text", str(folder / "other.txt"), "--window", "16", "--max-windows", "2", "--json"]
+    assert main([*words, "--plot", str(folder / "file" / "picture.svg")]) == 1
+    told = capsys.readouterr()
+    assert json.loads(told.out)["rows"]
+    assert json.loads(told.out)["about"]["window"] == 16
+
+
 def test_criteria_and_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["predictor", "evaluate", str(folder / "model"), "--calibration", str(folder / "train.txt"), *QUICK]
     words += ["--text", str(folder / "other.txt"), "--window", "16", "--max-windows", "2", "--keep", "0.5", "--json"]
@@ -116,11 +138,20 @@ def test_criteria_and_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         (["--new-tokens", "-1"], "--new-tokens is -1"),
         (["--criterion", "magnitud"], "Did you mean 'magnitude'"),
         (["--plot", "picture.xyz"], "xyz"),
+        (["--plot", "."], "is a folder"),
+        (["--text", "no-such-file.txt"], "no-such-file.txt"),
+        (["--new-tokens", "100000"], "positions"),
+        (["--option", "training.foo=1"], "foo"),
     ],
 )
 def test_wrong_measurements_are_refused(
-    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("hf_sparse.cli.predictor.record", never)  # all of it is seen before minutes of work
+    words = ["--text", str(folder / "other.txt"), *words]
     assert main(["predictor", "evaluate", str(folder / "model"), *words]) == 1
     assert message in capsys.readouterr().err
 

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_sparse
 from hf_sparse import PredictorConfig, SparsityConfig
-from hf_sparse.contextual import carried_by, detach, train_predictors_
+from hf_sparse.contextual import attach_, carried_by, detach, train_predictors_
 from hf_sparse.errors import CalibrationError, CheckpointError, ConfigError, ModelError
+from hf_sparse.predictors.masked import runs_now
 from hf_sparse.predictors.saving import FILE
 
 TEXT = token_rows(24, 16)
@@ -162,6 +163,51 @@ def test_a_copy_has_predictors_of_its_own() -> None:
     detach(model)
     assert torch.equal(tokens(other), expected)
     assert torch.equal(tokens(model), tokens(llama()))
+
+
+def test_switched_off_twice_stays_off_until_the_first_ends() -> None:
+    model = carrying()
+    with hf_sparse.predictors_disabled(model):
+        with hf_sparse.predictors_disabled(model):
+            pass
+        assert not runs_now(model)
+    assert runs_now(model) == "gathered"
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "fields", "said"),
+    [
+        (lambda: llama(layers=3), "dejavu", {"selection": "global"}, "all blocks at once"),
+        (gpt2, "gate_first", {}, "gated feed-forwards"),
+        (llama, "shadow", {"options": {"tells": ["heads"]}}, "tells neurons"),
+    ],
+)
+def test_choices_that_cannot_be_made_are_refused_before_anything_is_trained(
+    make: Callable[[], Any], kind: str, fields: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    train_predictors_(model, SMALL, TEXT, num_samples=16, sequence_length=16)
+    before = carried_by(model)
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("hf_sparse.contextual.record", never)
+    with pytest.raises((ConfigError, ModelError), match=said):
+        train_predictors_(model, PredictorConfig(kind=kind, **fields), TEXT)
+    assert carried_by(model) is before
+
+
+def test_predictors_that_cannot_be_used_leave_those_that_were_there(tmp_path: Path) -> None:
+    model, other = carrying(), llama(intermediate_size=64)
+    train_predictors_(other, SMALL, TEXT, num_samples=16, sequence_length=16)
+    before = carried_by(model).predictor
+    with pytest.raises(ModelError, match="another model"):
+        attach_(model, carried_by(other))
+    assert carried_by(model).predictor is before
+    assert runs_now(model) == "gathered"
+    model.save_pretrained(tmp_path)
+    assert carried_by(AutoModelForCausalLM.from_pretrained(tmp_path)) is not None
 
 
 def test_a_model_that_is_thrown_away_lets_its_weights_be() -> None:

@@ -104,10 +104,18 @@ def test_a_file_without_the_newer_fields_is_read(folder: Path) -> None:
     [
         (lambda header: header["predictor"]["layout"].update(neurons=[10**12]), ModelError, "another model"),
         (lambda header: header["predictor"]["options"].update(rank=10**12), CheckpointError, "rank"),
+        (lambda header: header["predictor"]["options"].update(rank=7), CheckpointError, "rank"),
+        (lambda header: header["predictor"]["layout"].update(neuron_block=0), CheckpointError, "neuron_block"),
+        (
+            lambda header: header["predictor"]["layout"].update(total_blocks=10**12),
+            CheckpointError,
+            "at most 10000 blocks",
+        ),
+        (lambda header: header["config"].update(refresh_every=10**200), CheckpointError, "refresh_every"),
         (lambda header: header["predictor"].update(learned={"source": 3}), CheckpointError, "learned"),
         (lambda header: header.update(figures={}), CheckpointError, "figures"),
     ],
-    ids=["layout", "rank", "learned", "figures"],
+    ids=["layout", "rank", "other rank", "neuron_block", "total_blocks", "refresh_every", "learned", "figures"],
 )
 def test_headers_are_not_trusted(change: Any, error: type[Exception], said: str, folder: Path) -> None:
     with_header(folder, change)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +16,22 @@ from hf_sparse.config import PredictorConfig
 from hf_sparse.config.serialise import read_fields
 from hf_sparse.contextual import Carried, carried_by, detach, train_predictors_
 from hf_sparse.destination import check_destination, complete_folder
-from hf_sparse.errors import ConfigError
+from hf_sparse.errors import ConfigError, HfSparseError
 from hf_sparse.plot import new_figure
 from hf_sparse.predictors.criteria import criterion_of
-from hf_sparse.predictors.evaluate import evaluate_predictors
+from hf_sparse.predictors.evaluate import evaluate_predictors, read_batches
 from hf_sparse.predictors.figures import measured_again
 from hf_sparse.predictors.layout import Layout
 from hf_sparse.predictors.networks import Predictor
 from hf_sparse.predictors.recording import record
 from hf_sparse.predictors.saving import FILE, put_figures
 from hf_sparse.predictors.select import Selection
+from hf_sparse.predictors.speeds import check_room
 from hf_sparse.predictors.table import PredictorTable
 from hf_sparse.predictors.train import Training, train
 from hf_sparse.side_files import describe_predictors
 
+_log = logging.getLogger(__name__)
 OWN = "own"
 LEARNING = ("shadow", "dejavu", "gate_first")  # differ from seed to seed
 KINDS = (*LEARNING, "static", "oracle")
@@ -97,8 +100,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         add_loading(action)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    _train(arguments) if arguments.action == "train" else _evaluate(arguments)
+def run(arguments: argparse.Namespace) -> int:
+    return _train(arguments) if arguments.action == "train" else _evaluate(arguments)
 
 
 def _training(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def _training(arguments: argparse.Namespace) -> dict[str, Any]:
     return given.get("training", {})
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _train(arguments: argparse.Namespace) -> int:
     values = dict(read_fields(arguments.config)) if arguments.config else {}
     names = [name.replace("-", "_") for name in (*_FIELDS, "dense-blocks")]
     values |= {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
@@ -137,9 +140,10 @@ def _train(arguments: argparse.Namespace) -> None:
         if arguments.json
         else f"{config.kind}: {100 * share:.2f} % of the model's weights; written to {arguments.destination}"
     )
+    return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace) -> int:
     _check(arguments)
     if arguments.plot is not None:
         new_figure(arguments.plot)  # refuses what it cannot draw before minutes of work
@@ -153,19 +157,27 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.record and OWN not in kinds:
         raise ConfigError(f"--record tells of the predictors that the model carries; add {OWN} to --kinds.")
     detach(model)
+    read_batches(model, arguments.text, tokenizer=processor, window=arguments.window, max_windows=arguments.max_windows)
+    if arguments.new_tokens is not None:
+        check_room(model, arguments.new_tokens)
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads or before)
     try:
         table = _table(arguments, model, processor, kinds, carried)
     finally:
         torch.set_num_threads(before)
-    if arguments.plot is not None:
-        table.plot(arguments.plot)
-    if arguments.record and carried is not None:
-        figures = measured_again(carried.figures, [table.figure(row) for row in table.rows if row.name == OWN])
-        put_figures(model, Path(model_name(arguments)), figures)
-        describe_predictors(Path(model_name(arguments)))
     print(json.dumps(table.to_dict()) if arguments.json else table)
+    try:
+        if arguments.record and carried is not None:
+            figures = measured_again(carried.figures, [table.figure(row) for row in table.rows if row.name == OWN])
+            put_figures(model, Path(model_name(arguments)), figures)
+            describe_predictors(Path(model_name(arguments)))
+        if arguments.plot is not None:
+            table.plot(arguments.plot)
+    except (HfSparseError, OSError) as error:  # what was measured has been told, so this must not be told in its place
+        _log.error("the figures above were not recorded or drawn: %s", error)
+        return 1
+    return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -177,6 +189,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; give at least 1.")
     for name in arguments.criterion or ():
         criterion_of(name)
+    Training.of(_training(arguments), arguments.seed)
+    if arguments.plot is not None and arguments.plot.is_dir():
+        raise ConfigError(f"--plot {str(arguments.plot)!r} is a folder; name a file, such as picture.png.")
     if arguments.record and not (Path(model_name(arguments)) / FILE).is_file():
         raise ConfigError(
             f"--record writes into a local folder with predictors, and {model_name(arguments)!r} holds no {FILE}; train some "
@@ -218,7 +233,7 @@ def _trained(arguments: argparse.Namespace, model: Any, processor: Any, kinds: l
     if not kinds:
         return {}
     layout, found = Layout.of(model, neuron_block=arguments.neuron_block), {}
-    settings = {"seed": arguments.seed, **_training(arguments)}
+    training = Training.of(_training(arguments), arguments.seed)
     criteria = arguments.criterion or ["magnitude"]
     for criterion in criteria:
         with tempfile.TemporaryDirectory() as folder:
@@ -227,7 +242,7 @@ def _trained(arguments: argparse.Namespace, model: Any, processor: Any, kinds: l
                 num_samples=arguments.num_samples, sequence_length=arguments.sequence_length, seed=arguments.seed,
             )  # fmt: skip
             for kind in kinds:
-                seeds = range(settings["seed"], settings["seed"] + (arguments.seeds if kind in LEARNING else 1))
+                seeds = range(training.seed, training.seed + (arguments.seeds if kind in LEARNING else 1))
                 name = kind if len(criteria) == 1 else f"{kind} {criterion}"
-                found[name] = [train(model, traces, kind, Training(**{**settings, "seed": seed})) for seed in seeds]
+                found[name] = [train(model, traces, kind, replace(training, seed=seed)) for seed in seeds]
     return found

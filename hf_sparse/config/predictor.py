@@ -7,6 +7,8 @@ from typing import Any
 from hf_sparse.config.serialise import Serialisable, known_version, mapping, share, whole
 from hf_sparse.errors import ConfigError, unknown
 
+_LONGEST = 2**31  # tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorConfig(Serialisable):
@@ -35,6 +37,8 @@ class PredictorConfig(Serialisable):
         if self.neuron_block not in (1, 16, 32):
             raise ConfigError(f"neuron_block={self.neuron_block!r} is not allowed; give 1, 16 or 32.")
         whole("refresh_every", self.refresh_every, 1)
+        if self.refresh_every > _LONGEST:
+            raise ConfigError(f"refresh_every={self.refresh_every!r} is not allowed; give at most {_LONGEST} tokens.")
         if not isinstance(self.dense_blocks, list | tuple):
             raise ConfigError(f"dense_blocks={self.dense_blocks!r} is not allowed; give a list of block numbers.")
         for number in self.dense_blocks:

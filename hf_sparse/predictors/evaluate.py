@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from hf_sparse import native
 from hf_sparse.calibrate import limits_of, ready, tokenizer_of
@@ -47,9 +48,13 @@ def decode_loss(
             else nullcontext()
         )
         with running:
-            for batch in data:
+            for batch in transformers_logging.tqdm(data, desc="Measuring", unit="batch", leave=False):
                 summed, counted = batch_loss(model, batch, "perplexity")
                 total, tokens = total + summed, tokens + counted
+    if not tokens:
+        raise CalibrationError(
+            "the text holds no token to predict; give a longer one, and windows of at least 2 tokens."
+        )
     return total / tokens, tokens
 
 
@@ -66,7 +71,7 @@ def read_batches(
         raise CalibrationError(f"predictors are measured on token ids; {samples.source} holds {sorted(rows[0])}.")
     size = max(1, _TOKENS_AT_ONCE // max(tokens_of(row) for row in rows))
     about = {
-        "text": samples.source, "window": window, "windows": len(rows), "fingerprint": fingerprint(rows),
+        "text": samples.source, "window": max(map(tokens_of, rows)), "windows": len(rows), "fingerprint": fingerprint(rows),
         "tokenizer": remembering.print,
     }  # fmt: skip
     return batches(rows, size), about

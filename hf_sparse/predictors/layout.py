@@ -7,10 +7,12 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from hf_sparse.config.serialise import Serialisable
+from hf_sparse.config.serialise import Serialisable, whole
 from hf_sparse.errors import ConfigError, ModelError
 from hf_sparse.predictors.units import BlockUnits, find_units
 from hf_sparse.text import one_line
+
+_MOST_BLOCKS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,22 @@ class Layout(Serialisable):
     neuron_block: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("hidden_size", "vocabulary", "total_blocks", "neuron_block"):
+            whole(name, getattr(self, name), 1)
         for name in ("blocks", "neurons", "heads"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+            for number in getattr(self, name):
+                whole(name, number, 0 if name == "blocks" else 1)
+        within = set(self.blocks) <= set(range(min(self.total_blocks, _MOST_BLOCKS)))
+        if (
+            self.total_blocks > _MOST_BLOCKS
+            or not within
+            or not len(self.blocks) == len(self.neurons) == len(self.heads)
+        ):
+            raise ConfigError(
+                f"a layout of {len(self.blocks)} blocks of {self.total_blocks}, with {len(self.neurons)} numbers of neurons and "
+                f"{len(self.heads)} of heads, is none; there are at most {_MOST_BLOCKS} blocks."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in super().to_dict().items()}

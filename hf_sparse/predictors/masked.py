@@ -1,6 +1,6 @@
 """Masked execution: a model computes everything and what is skipped is set to zero. Slow, exact, and the measure for faster ways."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -77,6 +77,29 @@ def runs_now(model: nn.Module) -> str:
     return str(getattr(model, _MARK, ""))
 
 
+def check_choices(predictor: Predictor, units: Sequence[BlockUnits], selection: Selection) -> None:
+    """Refuse a predictor that cannot tell what a selection asks for, or not of these blocks.
+
+    Raises: ModelError for a gate that is not there, ConfigError for choices that the predictor cannot make.
+    """
+    gated = isinstance(predictor, GateFirst)
+    if gated and (plain := [block.name for block in units if block.gate is None]):
+        raise ModelError(f'kind="gate_first" needs gated feed-forwards; {plain[0]} is plain. Take kind="shadow".')
+    told = set(predictor.tells) | ({"neurons"} if gated else set())
+    for kind in ("neurons", "heads"):
+        keep = getattr(selection, f"keep_{kind}")
+        if keep != 1 and kind not in told:
+            raise ConfigError(
+                f"keep_{kind}={keep!r} needs a predictor that tells {kind}; this one tells {sorted(told)}."
+            )
+        selection.kept(predictor.layout, kind)
+    if selection.needs_all_blocks() and (gated or len(predictor.reads()) > 1):
+        raise ConfigError(
+            f'selection="global" needs the scores of all blocks at once, kind={predictor.kind!r} tells them one by one; '
+            'give selection="block" or kind="shadow".'
+        )
+
+
 class Masked:
     """What is known during one pass of the model: where its tokens stand, and the masks of every block."""
 
@@ -98,28 +121,9 @@ class Masked:
         self._every, self._prompt, self._softness = every, prompt, softness
         self._start, self._on, self._dense_pass = 0, False, False
         self._held = Held(every)
-        self._check()
+        check_choices(self.predictor, self.units, selection)
         oracle = isinstance(predictor, Oracle)
         self._scorer = Scorer(model, self.units, criterion_of(predictor.criterion)) if oracle else None
-
-    def _check(self) -> None:
-        gated = isinstance(self.predictor, GateFirst)
-        if gated and (plain := [block.name for block in self.units if block.gate is None]):
-            raise ModelError(f'kind="gate_first" needs gated feed-forwards; {plain[0]} is plain. Take kind="shadow".')
-        told = set(self.predictor.tells) | ({"neurons"} if gated else set())
-        for kind in ("neurons", "heads"):
-            keep = getattr(self.selection, f"keep_{kind}")
-            if keep != 1 and kind not in told:
-                raise ConfigError(
-                    f"keep_{kind}={keep!r} needs a predictor that tells {kind}; this one tells {sorted(told)}."
-                )
-            self.selection.kept(self.layout, kind)
-        one_by_one = gated or len(self.predictor.reads()) > 1
-        if self.selection.needs_all_blocks() and one_by_one:
-            raise ConfigError(
-                f'selection="global" needs the scores of all blocks at once, kind={self.predictor.kind!r} tells them one by one; '
-                'give selection="block" or kind="shadow".'
-            )
 
     # ------------------------------------------------------------------------------------------------ hooks
 

@@ -238,15 +238,19 @@ def kind_of(kind: str, options: Mapping[str, Any]) -> type[Predictor]:
     return KINDS[kind]
 
 
+def blank(layout: Layout) -> Statistics:
+    """Averages of nothing, for a predictor that gets its numbers later."""
+    return Statistics(
+        [torch.ones(groups) for groups in layout.groups], [torch.ones(heads) for heads in layout.heads], []
+    )
+
+
 def from_tensors(tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> Predictor:
     """The predictor that `to_tensors` took apart."""
     known_version("predictor", about.get("version"))
     try:
         layout = Layout.from_dict(about["layout"])
-        blank = Statistics(
-            [torch.ones(groups) for groups in layout.groups], [torch.ones(heads) for heads in layout.heads], []
-        )
-        found = kind_of(about["kind"], about["options"])(layout, about["criterion"], blank, about["options"])
+        found = kind_of(about["kind"], about["options"])(layout, about["criterion"], blank(layout), about["options"])
         found.load_state_dict(dict(tensors))
     except (KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(

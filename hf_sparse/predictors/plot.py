@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_sparse.plot import INK, frame, look, new_figure, printable, save_figure
-from hf_sparse.predictors.table import PredictorTable, Row
+from hf_sparse.predictors.table import PredictorTable, Row, shown_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def plot_predictors(table: PredictorTable, path: Path) -> Path:
 
 
 def _by_share(axes: "Axes", table: PredictorTable) -> None:
-    frame(axes, "neurons and heads kept in the blocks that skip (%), alike")
+    frame(axes, "neurons kept in the blocks that skip (%), heads alike where nothing is said")
     for number, (name, rows) in enumerate(_lines(table).items()):
         shares = [100 * float(row.keep_neurons) for row in rows]
         rises = [table.rise(row) for row in rows]
@@ -57,10 +57,14 @@ def _by_speed(axes: "Axes", table: PredictorTable) -> None:
 
 
 def _lines(table: PredictorTable) -> dict[str, list[Row]]:
-    """Rows that keep one share of both kinds of units in each block, by name and in the order of shares."""
-    drawn = [row for row in table.rows if row.mode == "block" and isinstance(row.keep_neurons, int | float)]
+    """Rows that keep one share of neurons in each block, by name and in the order of shares; heads kept otherwise are named."""
+    drawn = [
+        row for row in table.rows if all(isinstance(share, int | float) for share in (row.keep_neurons, row.keep_heads))
+    ]
     named: dict[str, list[Row]] = {}
     for row in sorted(drawn, key=lambda row: float(row.keep_neurons)):
-        if row.keep_neurons == row.keep_heads:
-            named.setdefault(f"{row.name}{' (sees labels)' if row.sees_labels else ''}", []).append(row)
+        words = [row.name, *(["sees labels"] if row.sees_labels else []), *([row.mode] if row.mode != "block" else [])]
+        if row.keep_neurons != row.keep_heads:
+            words.append(f"{shown_share(row.keep_heads)} of heads")
+        named.setdefault(", ".join(words), []).append(row)
     return named

@@ -92,8 +92,9 @@ def load(model: nn.Module, file: Path) -> Saved:
     tensors, header = _read(file)
     try:
         described = header["predictor"]
-        Layout.from_dict(described["layout"]).units(model)  # before memory is taken for what the header says
-        _check_rank(described["options"], tensors)
+        layout = Layout.from_dict(described["layout"])
+        layout.units(model)  # before memory is taken for what the header says
+        _check_rank(described["options"], tensors, layout.hidden_size)
         predictor = from_tensors(tensors, described)
         config, weights = PredictorConfig.from_dict(header["config"]), str(header["weights"])
         figures = read_figures(header.get("figures", []))
@@ -134,10 +135,12 @@ def _unusable(file: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _check_rank(options: Any, tensors: dict[str, torch.Tensor]) -> None:
+def _check_rank(options: Any, tensors: dict[str, torch.Tensor], hidden_size: int) -> None:
+    """A rank decides how much memory is taken, so it has to be that of the tensors."""
     rank = options.get("rank")
-    if rank is not None and not any(rank in tensor.shape for tensor in tensors.values()):
-        raise ValueError(f"no tensor has the rank {one_line(rank)}")
+    known = {len(tensor) for name, tensor in tensors.items() if name.endswith("first.bias") and tensor.ndim == 1}
+    if rank is not None and not (known == {rank} if known else isinstance(rank, int) and rank <= hidden_size):
+        raise ValueError(f"rank {one_line(rank)} is not that of the tensors")
 
 
 def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -35,11 +35,7 @@ def decoding_speeds(
 
     Raises: ConfigError where the model has too few positions, ModelError for models of which nothing can be left out.
     """
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None and _PROMPT + new_tokens + 1 > room:
-        raise ConfigError(
-            f"the model has {room} positions; {_PROMPT} of a prompt and {new_tokens + 1} more do not fit."
-        )
+    check_room(model, new_tokens)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in (DENSE, *ways)}
     for turn in range(rounds + 1):  # the first warms up
         for name, taken in found.items():
@@ -53,6 +49,15 @@ def decoding_speeds(
         )
         for name, taken in found.items()
     }
+
+
+def check_room(model: Any, new_tokens: int) -> None:
+    """Raises ConfigError where the model has too few positions to generate so many tokens."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and _PROMPT + new_tokens + 1 > room:
+        raise ConfigError(
+            f"the model has {room} positions; {_PROMPT} of a prompt and {new_tokens + 1} more do not fit."
+        )
 
 
 def _switched(model: Any, way: tuple[Predictor, Selection] | None, every: int) -> Any:

@@ -1,9 +1,9 @@
 """Trains predictors on traces, with transformers.Trainer: progress bar, seeds, early stopping on held-out sequences."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import numpy
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hf_sparse.config.serialise import Serialisable, share, whole
-from hf_sparse.errors import CalibrationError, ConfigError
+from hf_sparse.errors import CalibrationError, ConfigError, unknown
 from hf_sparse.predictors.learned import check_tokenizer, print_of_tokenizer
 from hf_sparse.predictors.networks import TELLS, Predictor, kind_of, rank_for
 from hf_sparse.predictors.traces import Traces
@@ -29,6 +29,14 @@ class Training(Serialisable):
     held_out: float = 0.1  # share of the sequences, the last ones, that decide when to stop
     patience: int = 3  # epochs without a better loss on them
     seed: int = 0
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], seed: int) -> Self:
+        """From options as a configuration or a command line has them; raises ConfigError for unknown ones."""
+        known = {item.name for item in fields(cls)}
+        if strange := next((name for name in options if name not in known), None):
+            raise ConfigError(unknown("option training", strange, known))
+        return cls(**{"seed": seed, **options})
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
