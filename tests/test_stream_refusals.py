@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hf_sparse import PredictorConfig, SparsityConfig, prune_, stream
 from hf_sparse.cli import main
 from hf_sparse.errors import CalibrationError, CheckpointError, ConfigError, HfSparseError, ModelError
-from hf_sparse.streaming.work import Journal
+from hf_sparse.streaming.journal import Journal
 
 ROWS = token_rows()
 DATA = {"calibration": ROWS, "num_samples": len(ROWS), "update": "none"}
