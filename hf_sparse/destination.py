@@ -18,8 +18,7 @@ def check_destination(destination: Path, overwrite: bool, sources: Sequence[str 
 
     Raises: CheckpointError.
     """
-    check_place(destination, sources)
-    place = destination.absolute()
+    place = _folder_to_be(destination)
     if place.is_dir() and any(place.iterdir()):
         if not overwrite:
             raise CheckpointError(
@@ -29,6 +28,7 @@ def check_destination(destination: Path, overwrite: bool, sources: Sequence[str 
             raise CheckpointError(
                 f"the destination {str(destination)!r} holds no model (no config.json), so it is not replaced; give another folder."
             )
+    check_place(destination, sources)
 
 
 def check_place(destination: Path, sources: Sequence[str | Path] = ()) -> None:
@@ -36,11 +36,7 @@ def check_place(destination: Path, sources: Sequence[str | Path] = ()) -> None:
 
     Raises: CheckpointError.
     """
-    place = destination.absolute()
-    if place.is_symlink():
-        raise CheckpointError(f"the destination {str(destination)!r} is a link; name the folder that it leads to.")
-    if place.exists() and not place.is_dir():
-        raise CheckpointError(f"the destination {str(destination)!r} is a file; give a folder.")
+    place = _folder_to_be(destination)
     for source in (*sources, "."):
         inside = Path(source).exists() and place.resolve() in Path(source).resolve().parents
         if inside or (source == "." and Path.cwd() == place.resolve()):
@@ -52,6 +48,15 @@ def check_place(destination: Path, sources: Sequence[str | Path] = ()) -> None:
         raise CheckpointError(
             f"the destination {str(destination)!r} cannot be made in {str(parent)!r}; give another folder."
         )
+
+
+def _folder_to_be(destination: Path) -> Path:
+    place = destination.absolute()
+    if place.is_symlink():
+        raise CheckpointError(f"the destination {str(destination)!r} is a link; name the folder that it leads to.")
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"the destination {str(destination)!r} is a file; give a folder.")
+    return place
 
 
 def check_apart(destination: Path, source: Path) -> None:

@@ -157,9 +157,10 @@ def _run(arguments: argparse.Namespace) -> None:
     sources = [model_name(arguments), arguments.config, config.calibration, arguments.evaluate]
     if ranks.is_first():
         given = [source for source in sources if source and isinstance(source, str | Path)]
-        check_place(arguments.destination, given)
-        if not arguments.stream:  # an interrupted one may have written all but its last words
-            check_destination(arguments.destination, arguments.overwrite)
+        if arguments.stream:  # an interrupted one may have written all but its last words
+            check_place(arguments.destination, given)
+        else:
+            check_destination(arguments.destination, arguments.overwrite, given)
     if arguments.evaluate and arguments.evaluate == config.calibration and not arguments.allow_same_text:
         raise ConfigError(
             f"calibration and evaluation both name {arguments.evaluate!r}; measure on other text, or give --allow-same-text."
