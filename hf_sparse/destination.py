@@ -11,18 +11,14 @@ from hf_sparse.errors import CheckpointError
 from hf_sparse.replace import sync
 
 
-def check_destination(destination: Path, overwrite: bool, sources: Sequence[str] = ()) -> None:
+def check_destination(destination: Path, overwrite: bool, sources: Sequence[str | Path] = ()) -> None:
     """Refuse a destination that cannot be written or would take something else with it; call it before hours of work.
 
     `sources` are names that may be paths; a folder that holds one of them is never replaced.
 
     Raises: CheckpointError.
     """
-    place = destination.absolute()
-    if place.is_symlink():
-        raise CheckpointError(f"the destination {str(destination)!r} is a link; name the folder that it leads to.")
-    if place.exists() and not place.is_dir():
-        raise CheckpointError(f"the destination {str(destination)!r} is a file; give a folder.")
+    place = _folder_to_be(destination)
     if place.is_dir() and any(place.iterdir()):
         if not overwrite:
             raise CheckpointError(
@@ -32,16 +28,43 @@ def check_destination(destination: Path, overwrite: bool, sources: Sequence[str]
             raise CheckpointError(
                 f"the destination {str(destination)!r} holds no model (no config.json), so it is not replaced; give another folder."
             )
+    check_place(destination, sources)
+
+
+def check_place(destination: Path, sources: Sequence[str | Path] = ()) -> None:
+    """What `check_destination` refuses whatever the destination may hold by now.
+
+    Raises: CheckpointError.
+    """
+    place = _folder_to_be(destination)
     for source in (*sources, "."):
         inside = Path(source).exists() and place.resolve() in Path(source).resolve().parents
         if inside or (source == "." and Path.cwd() == place.resolve()):
             raise CheckpointError(
-                f"the destination {str(destination)!r} holds {source!r}, which would be lost; give another folder."
+                f"the destination {str(destination)!r} holds {str(source)!r}, which would be lost; give another folder."
             )
-    parent = next(folder for folder in place.parents if folder.exists())
+    parent = next(folder for folder in place.parents if folder.exists() or folder.is_symlink())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(
             f"the destination {str(destination)!r} cannot be made in {str(parent)!r}; give another folder."
+        )
+
+
+def _folder_to_be(destination: Path) -> Path:
+    place = destination.absolute()
+    if place.is_symlink():
+        raise CheckpointError(f"the destination {str(destination)!r} is a link; name the folder that it leads to.")
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"the destination {str(destination)!r} is a file; give a folder.")
+    return place
+
+
+def check_apart(destination: Path, source: Path) -> None:
+    """Refuse a destination that is the source, or lies in it; raises CheckpointError."""
+    place, read = destination.absolute().resolve(), source.resolve()
+    if place == read or read in place.parents:
+        raise CheckpointError(
+            f"the destination {str(destination)!r} lies in {str(source)!r}, which is read and never written to; give another folder."
         )
 
 
@@ -97,6 +120,7 @@ def put_in_place(fresh: Path, destination: Path, old: Path) -> None:
     sync_all(fresh)
     destination.parent.mkdir(parents=True, exist_ok=True)
     if destination.is_dir() and any(destination.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)  # where somebody has filled the place between two calls
         destination.rename(old)
     try:
         fresh.rename(destination)  # in the place of an empty one, too

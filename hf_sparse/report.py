@@ -178,7 +178,7 @@ class Report:
             report = cls(**{**plain, "blocks": blocks, "recoveries": recoveries})
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{what} ({type(error).__name__}: {one_line(error)}).") from error
-        for wrong in _misfits(report):
+        for wrong in misfits(report):
             raise CheckpointError(f"{what}: {one_line(wrong)}.")
         return report
 
@@ -223,7 +223,7 @@ def block_report(values: Mapping[str, Any]) -> BlockReport:
 _HINTS = {kind.__name__: get_type_hints(kind) for kind in (SiteReport, BlockReport, Report)}
 
 
-def _misfits(part: "Report | BlockReport | SiteReport") -> Iterable[str]:
+def misfits(part: "Report | BlockReport | SiteReport") -> Iterable[str]:
     """What in a report that was read is not of the type it must have, as it may come from anyone."""
     for name, hint in _HINTS[type(part).__name__].items():
         value = getattr(part, name)
@@ -232,7 +232,7 @@ def _misfits(part: "Report | BlockReport | SiteReport") -> Iterable[str]:
         elif hint is int and value < 0:
             yield f"{name} is {value}, which is less than 0"
         for inner in value if name in ("blocks", "sites") and isinstance(value, list) else ():
-            yield from _misfits(inner)
+            yield from misfits(inner)
     if isinstance(part, Report):
         needed = {"config": ("pattern", "metric"), "calibration": _CALIBRATION if part.calibration is not None else ()}
         yield from (

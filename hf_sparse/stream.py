@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from huggingface_hub.serialization._base import parse_size_to_int
 
-from hf_sparse import contextual, environment, ranks
+from hf_sparse import environment, ranks
 from hf_sparse.config import SparsityConfig
+from hf_sparse.contextual import CONFIG_KEY
 from hf_sparse.convert import convert, files_beside
-from hf_sparse.destination import check_destination, put_in_place
+from hf_sparse.destination import check_apart, check_destination, check_place, put_in_place
 from hf_sparse.errors import CheckpointError, ConfigError, PruningInterrupted, unknown
 from hf_sparse.forwards import hidden_states_in
+from hf_sparse.hashes import sha256_of
 from hf_sparse.hub import is_weights
 from hf_sparse.prune import prune_sharing_
-from hf_sparse.remote import CARD, CONFIG, Folder, open_place, read_config
+from hf_sparse.remote import CARD, CONFIG, PREDICTORS, Folder, open_place, read_config
 from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import PICTURE_FILE, Report
 from hf_sparse.room import check_disk
@@ -78,8 +80,11 @@ def prune_checkpoint(
         was begun with other settings or another run is under way; PruningInterrupted where pruning fails later.
     """
     with ranks.together():
+        sources: list[str | Path] = [source, *([config] if isinstance(config, str | Path) else [])]
         config = SparsityConfig.of(config)
         config.check_calibration()
+        if isinstance(config.calibration, str | Path):
+            sources.append(config.calibration)
         _check(config, sparse_format)
         limit = hidden_bytes(hidden_memory)
         destination = Path(destination)
@@ -88,29 +93,41 @@ def prune_checkpoint(
             for name, value in {"revision": revision, "token": token, "cache_dir": cache_dir}.items()
             if value is not None
         }
+        if ranks.is_first():
+            check_place(destination, sources)
+        folder = _folder(str(source), options)
+        check_apart(destination, folder)
+        if trust_remote_code:
+            options["trust_remote_code"] = True
         with working(destination, restart) as work:
-            if work.journal.last("complete") is None:
-                try:
-                    if work.writes:
-                        check_destination(destination, overwrite, [str(source)])
-                    folder = _folder(str(source), options)
-                    if trust_remote_code:
-                        options["trust_remote_code"] = True
-                    _prune(folder, str(source), work, config, tokenizer, options, dtype, sparse_format, limit)
-                except BaseException:
-                    if (
-                        work.journal.last("begin") is None and work.journal.last("measured") is None
-                    ):  # nothing to go on from
-                        work.remove()
-                    raise
-            fresh = work.compressed if (work.compressed / CONFIG).is_file() else work.model
-            ranks.meet()
-            if work.writes and (fresh / CONFIG).is_file():
-                put_in_place(fresh, destination.absolute(), work.old)
+            try:
+                if work.writes and not _is_result(destination, work):
+                    check_destination(destination, overwrite, sources)
+                _prune(folder, str(source), work, config, tokenizer, options, dtype, sparse_format, limit)
+            except BaseException:
+                if not any(map(work.journal.last, ("begin", "measured", "complete"))):  # nothing to go on from
+                    work.remove()
+                raise
+            if work.writes and not _is_result(destination, work):
+                check_destination(destination, overwrite, sources)  # somebody may have filled it meanwhile
+                _put_in_place(destination, work)
             ranks.meet()
             report = Report.load(destination)
             work.remove()
             return report
+
+
+def _is_result(folder: Path, work: Work) -> bool:
+    """Whether a folder holds what this run has completed."""
+    complete, file = work.journal.last("complete"), folder / REPORT_FILE
+    return complete is not None and file.is_file() and sha256_of(file) == complete["report"]
+
+
+def _put_in_place(destination: Path, work: Work) -> None:
+    fresh = next((folder for folder in (work.compressed, work.model) if _is_result(folder, work)), None)
+    if fresh is None:
+        raise work.journal.damaged("it tells of a complete result, which is not there")
+    put_in_place(fresh, destination.absolute(), work.old)
 
 
 def _check(config: SparsityConfig, sparse_format: str | None) -> None:
@@ -125,7 +142,7 @@ def _check(config: SparsityConfig, sparse_format: str | None) -> None:
 def hidden_bytes(given: int | str) -> int:
     """What hidden states may take in memory; raises ConfigError for what is no size."""
     try:
-        size = given if isinstance(given, int) else parse_size_to_int(given)
+        size = given if isinstance(given, int) else int(given) if given.isdecimal() else parse_size_to_int(given)
     except ValueError:
         size = -1
     if size < 0:
@@ -136,7 +153,8 @@ def hidden_bytes(given: int | str) -> int:
 def _folder(source: str, options: Mapping[str, Any]) -> Path:
     """The folder with the model; of a repository, what is needed of it is downloaded."""
     place = open_place(source, **options)
-    read_config(place)  # a clear error for what is no model
+    if CONFIG_KEY in read_config(place) or PREDICTORS in place.files:
+        raise ConfigError("the model carries predictors, which would not fit it any more; prune it in memory.")
     if "adapter_config.json" in place.files:
         raise CheckpointError(f"{one_line(source)!r} holds an adapter; merge it, save the model, and prune that.")
     if isinstance(place, Folder):
@@ -154,13 +172,17 @@ def _prune(
     try:
         model.config.name_or_path = source
         _begin(folder, source, work, weights, config, dtype, sparse_format)
+        session = Session(weights, work, tokenizer, options)
+        if work.journal.last("complete") is not None:  # by an attempt that could not put it in its place
+            if config.calibration is not None:
+                session.samples(model, config)
+            return
         work.model.mkdir(exist_ok=True)
         headers = output_headers(model, weights, dtype is not None)
         if sparse_format is not None:  # a compressed copy stands beside the plain one, and is no larger
             size = sum(header.file_size for header in headers.values())
             check_disk(work.path, size, "the compressed result", "Give a destination on another disk.")
         weights.write_to(Outputs(work.model, headers))
-        session = Session(weights, work, tokenizer, options)
         spill = Spill(work.path, limit)
         try:
             with hidden_states_in(spill), _embeddings_in(spill, model):
@@ -180,7 +202,7 @@ def _prune(
         _write_beside(folder, work.model, model, tokenizer)
         if sparse_format == "bitmask":
             convert(work.model, work.compressed, "bitmask", _SHARD_SIZE)
-        session.complete()
+        session.complete(work.model if sparse_format != "bitmask" else work.compressed)
     finally:
         weights.close()
 
@@ -218,9 +240,12 @@ def _open(folder: Path, config: SparsityConfig, dtype: Any, options: Mapping[str
         lambda: kind.from_pretrained(folder, config=model_config, dtype=dtype or "auto", use_safetensors=True, **code),
         keep_head=config.permute,
     )
-    if contextual.carried_by(model) is not None:
+    strange = next((path for path in weights.inputs.paths if path.parent != folder), None)
+    if strange is not None:
         weights.close()
-        raise ConfigError("the model carries predictors, which would not fit it any more; prune it in memory.")
+        raise CheckpointError(
+            f"the index names {one_line(strange, 200)!r}, which is not beside config.json; save the model again."
+        )
     return model, weights
 
 

@@ -45,7 +45,7 @@ def config(**changes: Any) -> SparsityConfig:
 
 
 def listed(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_measures_this_machine_and_writes_nothing(saved: Path, tmp_path: Path) -> None:

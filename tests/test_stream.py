@@ -250,6 +250,15 @@ def test_other_settings_are_noticed(tmp_path: Path) -> None:
     assert Report.load(sparse).config["pattern"] == "4:8"
 
 
+def test_dense_weights_that_are_gone_are_noticed(tmp_path: Path) -> None:
+    saved(tmp_path / "dense")
+    config = {**DATA, "permute": True}
+    unfinished(tmp_path / "dense", tmp_path / "sparse", config, 9)
+    next((work_folder(tmp_path / "sparse") / "aside").glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"is not there.*--restart"):
+        stream.prune_checkpoint(tmp_path / "dense", tmp_path / "sparse", config)
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     saved(tmp_path / "dense")
     with working(tmp_path / "sparse", False), pytest.raises(CheckpointError, match="another run is writing"):

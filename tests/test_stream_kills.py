@@ -17,7 +17,8 @@ from models import llama, token_rows
 
 from hf_sparse import stream
 from hf_sparse.streaming.files import Outputs
-from hf_sparse.streaming.work import Journal, work_folder
+from hf_sparse.streaming.journal import Journal
+from hf_sparse.streaming.work import work_folder
 
 ROWS = token_rows()
 DATA = {"calibration": ROWS, "num_samples": len(ROWS), "update": "none"}

@@ -1,7 +1,11 @@
 """Several processes prune from disk to disk: the first one writes, and a run that lost a process goes on."""
 
+import argparse
+import io
+import json
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from processes.forked import Failed, die, many
 from safetensors.torch import load_file
 
 from hf_sparse import SparsityConfig, prune_, ranks
+from hf_sparse.cli import prune as prune_command
 from hf_sparse.stream import prune_checkpoint
 from hf_sparse.streaming.session import Session
 from hf_sparse.streaming.work import work_folder
@@ -121,6 +126,23 @@ def test_a_process_that_is_lost_ends_the_run_and_the_next_one_goes_on(
     assert journal.count('"kind":"block"') >= dies_after
     assert streamed(dense, tmp_path / "sparse", given) == {0: 2, 1: 2}
     assert_same(weights(tmp_path / "sparse"), in_memory(tmp_path / "groups", given))
+
+
+def test_the_first_process_tells_of_the_result(dense: Path, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    prune_command.add(parser)
+    words = [str(dense), str(tmp_path / "sparse"), "--metric", "magnitude", "--update", "none", "--stream"]
+    arguments = parser.parse_args(words, argparse.Namespace(json=True))
+
+    def work(rank: int) -> Any:
+        told = io.StringIO()
+        with redirect_stdout(told):
+            prune_command.run(arguments)
+        return told.getvalue()
+
+    found = many(work, tmp_path / "groups")
+    assert json.loads(found[0])["destination"] == str(tmp_path / "sparse")
+    assert found[1] == ""
 
 
 def test_an_error_of_the_one_that_writes_ends_all(dense: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from hf_sparse import PredictorConfig, SparsityConfig, prune_, stream
 from hf_sparse.cli import main
 from hf_sparse.errors import CalibrationError, CheckpointError, ConfigError, HfSparseError, ModelError
-from hf_sparse.streaming.work import Journal
+from hf_sparse.streaming.journal import Journal
 
 ROWS = token_rows()
 DATA = {"calibration": ROWS, "num_samples": len(ROWS), "update": "none"}
@@ -81,8 +81,57 @@ def test_no_room_on_the_disk(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+BEGIN = {
+    "notes": [],
+    "batch_size": 2,
+    "orders": {"a": [1, 0]},
+    "places": {"a": ["b"]},
+    "aside": {"": "outside.safetensors"},
+}
+BLOCK = {
+    "index": 0,
+    "name": "a",
+    "stack": "",
+    "zeros": 1,
+    "size": 2,
+    "all_matrices": 2,
+    "output_error": float("nan"),
+    "seconds": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "wrong"),
+    [
+        ("measured", {"values": {"0": float("inf")}, "notes": []}, [{"values": {"a": 1}}, {"values": {"0": "1"}}, {"notes": 1}]),
+        ("begin", BEGIN, [{"orders": {"a": [1, 1]}}, {"orders": [0]}, {"batch_size": 0}, {"aside": {"a": "/etc/a.safetensors"}},
+                          {"aside": {"a": "../a.safetensors"}}, {"aside": {"a": 1}}, {"places": {"a": "b"}}]),
+        ("block", {"report": {**BLOCK, "sites": []}, "notes": []}, [{"report": BLOCK | {"sites": [1]}}, {"report": 1}, {"report": {}},
+                                                                    {"report": {**BLOCK, "sites": [], "zeros": "1"}}]),
+        ("score", {"shares": "a", "score": 1.0}, [{"score": None}, {"shares": 1}]),
+        ("complete", {"report": "0" * 64}, [{"report": "0"}, {"report": 1}, {"seconds": "1"}]),
+    ],
+)  # fmt: skip
+def test_damaged_entries(kind: str, values: dict[str, Any], wrong: list[dict[str, Any]], tmp_path: Path) -> None:
+    file = tmp_path / "journal"
+    start = json.dumps({"kind": "start"})
+    for other in ({}, *wrong, *({name: ...} for name in values)):
+        entry = {name: value for name, value in {"kind": kind, **values, **other}.items() if value is not ...}
+        file.write_text(f"{start}\n{json.dumps(entry)}\n")
+        if not other:
+            Journal(file).close()
+            continue
+        with pytest.raises(CheckpointError, match=rf"of the kind {kind} does not hold.* \(--restart\)"):
+            Journal(file)
+
+
 def test_a_damaged_journal(tmp_path: Path) -> None:
-    for content, why in ((b"[]\n", "nothing that is known"), (b"{\n", "no JSON")):
+    for content, why in (
+        (b"[]\n", "nothing that is known"),
+        (b'{"kind": []}\n', "nothing that is known"),
+        (b"{\n", "no JSON"),
+        (b'{"kind":"complete","report":"%s"}\n' % (b"0" * 64), "does not tell what was begun"),
+    ):
         (tmp_path / "journal").write_bytes(content)
         with pytest.raises(CheckpointError, match=why):
             Journal(tmp_path / "journal")
@@ -124,3 +173,88 @@ def test_earlier_prunings_are_carried_over(tmp_path: Path) -> None:
     assert found.notes == wanted.notes
     assert found.permutations == wanted.permutations
     assert found.zeros == wanted.zeros
+
+
+# ---------------------------------------------------------------------------------------------------- where it writes
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_places_that_cannot_be(tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    llama().save_pretrained(dense)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "link").symlink_to(dense)
+    before = listed(tmp_path)
+    for source, place, why in (
+        (dense, dense, "never written to"),
+        (dense, dense / "inner", "never written to"),
+        (dense, tmp_path / "link" / "inner", "never written to"),
+        (tmp_path / "link", dense / "inner", "never written to"),
+        (dense, tmp_path / "file" / "x", "cannot be made in"),
+        (dense, tmp_path / "nowhere" / "x", "cannot be made in"),
+        (dense, Path("/"), "would be lost"),
+        (tmp_path / "nope", tmp_path / "y" / "x", "no folder here"),
+    ):
+        with pytest.raises(CheckpointError, match=why):
+            stream.prune_checkpoint(source, place, DATA, overwrite=True)
+        assert listed(tmp_path) == before
+
+
+def test_what_it_reads_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama().save_pretrained(tmp_path / "dense")
+    sparse = tmp_path / "sparse"
+    sparse.mkdir()
+    for name, content in {"config.json": "{}", "text.txt": text(40), "fields.json": '{"metric": "magnitude"}'}.items():
+        (sparse / name).write_text(content)
+    for config in ({**DATA, "calibration": str(sparse / "text.txt")}, sparse / "fields.json"):
+        with pytest.raises(CheckpointError, match="would be lost"):
+            stream.prune_checkpoint(tmp_path / "dense", sparse, config, overwrite=True)
+    words = ["prune", str(tmp_path / "dense"), str(sparse), "--stream", "--overwrite"]
+    assert main([*words, "--config", str(sparse / "fields.json")]) == 1
+    assert "would be lost" in capsys.readouterr().err
+    assert listed(tmp_path) == ["dense", *(f"dense/{name}" for name in listed(tmp_path / "dense")), "sparse",
+                                "sparse/config.json", "sparse/fields.json", "sparse/text.txt"]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- what it reads
+
+
+def test_a_model_with_predictors(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "hf_sparse_predictors.safetensors").write_bytes(b"")
+    refused(tmp_path, ConfigError, "carries predictors")
+    (tmp_path / "dense" / "hf_sparse_predictors.safetensors").unlink()
+    values = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps({**values, "hf_sparse_predictors": {"kind": "shadow"}}))
+    refused(tmp_path, ConfigError, "carries predictors")
+
+
+def test_weights_in_folders_of_their_own(tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    llama().save_pretrained(dense)
+    names = sorted(whole := load_file(dense / "model.safetensors"))
+    (dense / "model.safetensors").unlink()
+    places = {name: "ab"[number % 2] + "/w.safetensors" for number, name in enumerate(names)}
+    for place in set(places.values()):
+        (dense / place).parent.mkdir()
+        save_file({name: whole[name] for name in names if places[name] == place}, dense / place, {"format": "pt"})
+    (dense / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    refused(tmp_path, CheckpointError, "w.safetensors', which is not beside config.json")
+
+
+def test_a_config_that_is_nested_too_deeply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text("[" * 100000)
+    refused(tmp_path, CheckpointError, "not valid JSON")
+    words = ["prune", str(tmp_path / "dense"), str(tmp_path / "sparse"), "--stream", "--metric", "magnitude"]
+    assert main([*words, "--update", "none"]) == 1
+    assert "not valid JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "size"), [("4000000000", 4 * 10**9), ("0", 0), ("4GB", 4 * 10**9), (7, 7)])
+def test_sizes(given: int | str, size: int) -> None:
+    assert stream.hidden_bytes(given) == size

@@ -74,6 +74,7 @@ def load_processor(arguments: argparse.Namespace) -> Any:
             ImportError,
             KeyError,
             TypeError,
+            RecursionError,
         ) as error:  # each class has its own way to say "not here"
             logging.getLogger(__name__).debug("no %s: %s", auto.__name__, error)
     return None

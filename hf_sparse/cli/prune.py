@@ -15,7 +15,7 @@ from hf_sparse import ranks
 from hf_sparse.cli.loading import add_loading, check_dtype, hub_options, load_model, load_processor, model_name
 from hf_sparse.config import SparsityConfig
 from hf_sparse.config.serialise import mapping, read_fields, read_value
-from hf_sparse.destination import check_destination, complete_folder
+from hf_sparse.destination import check_destination, check_place, complete_folder
 from hf_sparse.errors import ConfigError
 from hf_sparse.evaluate import as_evaluation, evaluate
 from hf_sparse.forecast import forecast
@@ -155,8 +155,12 @@ def _run(arguments: argparse.Namespace) -> None:
     """What all processes do; those other than the first only prune, and wait while it measures, writes and prints."""
     config = build_config(arguments)
     sources = [model_name(arguments), arguments.config, config.calibration, arguments.evaluate]
-    if ranks.is_first() and not arguments.stream:  # an interrupted one may have written all but its last words
-        check_destination(arguments.destination, arguments.overwrite, [source for source in sources if source])
+    if ranks.is_first():
+        given = [source for source in sources if source and isinstance(source, str | Path)]
+        if arguments.stream:  # an interrupted one may have written all but its last words
+            check_place(arguments.destination, given)
+        else:
+            check_destination(arguments.destination, arguments.overwrite, given)
     if arguments.evaluate and arguments.evaluate == config.calibration and not arguments.allow_same_text:
         raise ConfigError(
             f"calibration and evaluation both name {arguments.evaluate!r}; measure on other text, or give --allow-same-text."
@@ -167,7 +171,9 @@ def _run(arguments: argparse.Namespace) -> None:
         _foretell(arguments, config)
         return
     if arguments.stream:
-        _tell(arguments, _stream(arguments, config))
+        report = _stream(arguments, config)
+        if ranks.is_first():
+            _tell(arguments, report)
         return
     model = load_model(arguments)
     processor = load_processor(arguments)
@@ -201,7 +207,8 @@ def _foretell(arguments: argparse.Namespace, config: SparsityConfig) -> None:
         sparse_format=arguments.sparse_format, dtype=None if arguments.dtype == "auto" else arguments.dtype, **given,
         **hub_options(arguments),
     )  # fmt: skip
-    print(json.dumps(told.to_dict()) if arguments.json else told)
+    if ranks.is_first():
+        print(json.dumps(told.to_dict()) if arguments.json else told)
 
 
 def _stream(arguments: argparse.Namespace, config: SparsityConfig) -> Report:

@@ -11,7 +11,7 @@ from hf_sparse import embedded
 from hf_sparse.calibrate import TOKEN_BUDGET
 from hf_sparse.config import SparsityConfig
 from hf_sparse.cost import Data
-from hf_sparse.destination import check_destination
+from hf_sparse.destination import check_apart, check_destination
 from hf_sparse.errors import CheckpointError, ConfigError, unknown
 from hf_sparse.forecast.calibration import calibrate
 from hf_sparse.forecast.opening import Source, look
@@ -67,6 +67,8 @@ def forecast(
     if place is not None:
         check_destination(place, overwrite, [str(source)])
     source = str(embedded.model_path()) if str(source) == embedded.NAME else str(source)
+    if place is not None and stream and Path(source).is_dir():
+        check_apart(place, Path(source))
     found = look(source, config, dtype, options)
     machine = calibrate(found.shape, config, found.dtype, place)
     job = _job(

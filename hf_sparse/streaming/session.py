@@ -14,8 +14,9 @@ from hf_sparse.allot import shares
 from hf_sparse.blockwise import Run
 from hf_sparse.config import SparsityConfig
 from hf_sparse.data import Batch, Sample, Samples
-from hf_sparse.errors import CheckpointError
+from hf_sparse.hashes import sha256_of
 from hf_sparse.permute import Permutations
+from hf_sparse.report import FILE_NAME as REPORT_FILE
 from hf_sparse.report import BlockReport, block_report
 from hf_sparse.shared import Shared
 from hf_sparse.streaming.weights import OUTSIDE, Weights
@@ -62,6 +63,8 @@ class Session(Shared):
             return
         if known is not None:
             run.measured = {int(index): float(value) for index, value in known["values"].items()}
+            if not run.chosen.keys() <= run.measured.keys():
+                raise self._journal.damaged("not all blocks were measured")
             run.shares = shares(run.inventory, run.chosen, run.config, run.measured)
             run.notes += known["notes"]
             return
@@ -76,7 +79,10 @@ class Session(Shared):
             permutations.orders, permutations.places = self._begun["orders"], self._begun["places"]
             if self._begun["aside"]:
                 permutations.resumed = True
-                self._weights.take_aside({name: self._work.aside / file for name, file in self._begun["aside"].items()})
+                files = {name: self._work.aside / file for name, file in self._begun["aside"].items()}
+                if lost := next((file for file in files.values() if not file.is_file()), None):
+                    raise self._journal.damaged(f"{lost.name!r}, which it names, is not there")
+                self._weights.take_aside(files)
             return
         if run.config.permute:
             self._work.aside.mkdir(exist_ok=True)
@@ -108,12 +114,9 @@ class Session(Shared):
         for entry in self._journal.entries[last:]:
             if entry["kind"] != "block":
                 continue
-            try:
-                report = block_report(entry["report"])
-            except (KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(
-                    "the journal of the interrupted run is damaged; start over with restart=True (--restart)."
-                ) from error
+            report = block_report(entry["report"])
+            if report.name not in {block.name for block in run.inventory.blocks if block.index == report.index}:
+                raise self._journal.damaged(f"the model has no block {report.index} of the name {report.name!r:.200}")
             run.done[report.index] = report
             run.changed.append(report.index)
             run.notes += entry["notes"]
@@ -132,9 +135,9 @@ class Session(Shared):
         self._scores[_digest(shares)] = score
         self._add("score", {"shares": _digest(shares), "score": score})
 
-    def complete(self) -> None:
-        """All files of the model are written."""
-        self._add("complete", {})
+    def complete(self, folder: Path) -> None:
+        """All files of the model are written, in `folder`; its report tells the result from any other."""
+        self._add("complete", {"report": sha256_of(folder / REPORT_FILE)})
 
 
 def _digest(shares: Mapping[str, float]) -> str:
@@ -142,11 +145,13 @@ def _digest(shares: Mapping[str, float]) -> str:
 
 
 def files_told(paths: Sequence[Path], weights: Weights) -> dict[str, Any]:
-    """What tells whether files of the source have changed: size, time of the last change, and the SHA-256 of weights' headers."""
+    """What tells whether files of the source have changed: SHA-256, of weights that of their header with size and time of the last change."""
     told: dict[str, Any] = {}
     for path in paths:
-        status = path.stat()
         header = weights.inputs.headers.get(path.name)
-        digest = hashlib.sha256(path.read_bytes() if header is None else header.content).hexdigest()
-        told[path.name] = [status.st_size, status.st_mtime_ns, digest]
+        if header is None:
+            told[path.name] = sha256_of(path)
+            continue
+        status = path.stat()
+        told[path.name] = [status.st_size, status.st_mtime_ns, hashlib.sha256(header.content).hexdigest()]
     return told

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,67 +12,9 @@ from typing import Any
 from hf_sparse import ranks
 from hf_sparse.errors import CheckpointError
 from hf_sparse.recovery import writable
+from hf_sparse.streaming.journal import Journal
 
 FORMAT = 1
-_LARGEST = 2**30  # bytes of a journal; orders of channels are most of it
-
-
-class Journal:
-    """Lines of JSON, each on the disk before what follows from it; a last line that is not whole was never written.
-
-    Without a file it is that of another process, which writes it: `entries` are what stands there when this one begins.
-    """
-
-    def __init__(self, file: Path | None, entries: Sequence[dict[str, Any]] = ()) -> None:
-        self.entries: list[dict[str, Any]] = list(entries)
-        self._handle: int | None = None
-        if file is not None:
-            self._file = file
-            self._open(file)
-
-    def _open(self, file: Path) -> None:
-        whole = 0
-        if file.exists():
-            if file.stat().st_size > _LARGEST:
-                raise self._damaged("it is larger than any that this version writes")
-            content = file.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            for line in content[:whole].splitlines():
-                try:
-                    entry = json.loads(line)
-                except (ValueError, RecursionError):
-                    raise self._damaged("a line of it is no JSON") from None
-                if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
-                    raise self._damaged("a line of it tells of nothing that is known")
-                self.entries.append(entry)
-        self._handle = os.open(file, os.O_WRONLY | os.O_CREAT, 0o666)
-        os.ftruncate(self._handle, whole)
-        os.lseek(self._handle, 0, os.SEEK_END)
-
-    def _damaged(self, why: str) -> CheckpointError:
-        return CheckpointError(
-            f"the journal {str(self._file)!r} is damaged: {why}. Start over with restart=True (--restart)."
-        )
-
-    def last(self, kind: str) -> dict[str, Any] | None:
-        """The newest entry of a kind."""
-        return next((entry for entry in reversed(self.entries) if entry["kind"] == kind), None)
-
-    def add(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Write an entry; it is on the disk when this returns."""
-        entry = {"kind": kind, **values}
-        if self._handle is None:
-            self.entries.append(entry)
-            return
-        line = memoryview((json.dumps(entry, separators=(",", ":")) + "\n").encode("utf-8"))
-        while line:
-            line = line[os.write(self._handle, line) :]
-        os.fsync(self._handle)
-        self.entries.append(entry)
-
-    def close(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
 
 
 class Work:
@@ -197,7 +139,7 @@ def check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], destination: 
         if was == found:
             continue
         if isinstance(was, dict) and isinstance(found, dict):
-            key = next(key for key in [*found, *was] if was.get(key) != found.get(key))
+            key = next(key for key in [*found, *was] if was.get(key, was) != found.get(key, found))
             name, was, found = f"{name}: {key}", was.get(key), found.get(key)
         raise CheckpointError(
             f"an interrupted run to {str(destination)!r} was begun with other settings: {name} was {was!r:.200}, now it is {found!r:.200}. "
