@@ -13,6 +13,7 @@ import torch
 from greenlet import greenlet
 from torch import nn
 
+from hf_sparse import warning_handler
 from hf_sparse.forwards import Call, Modes
 from hf_sparse.observe import Observer, Operand
 from hf_sparse.sites import Site
@@ -56,9 +57,12 @@ class Lockstep:
     def _run(self, call: Call) -> None:
         def before(operand: Operand, x: torch.Tensor) -> None:
             if operand in self._stops:
-                modes = Modes.present()
+                modes, handler = Modes.present(), warning_handler.present()
                 parent = greenlet.getcurrent().parent
-                parent.switch(Arrival(call, operand, x))
+                try:
+                    parent.switch(Arrival(call, operand, x))
+                finally:
+                    warning_handler.put_back(handler)
                 modes.apply()
 
         def after(operand: Operand, x: torch.Tensor, product: torch.Tensor) -> None:
@@ -69,8 +73,9 @@ class Lockstep:
 
     def _advance(self, worker: _Worker) -> None:
         worker.parent = greenlet.getcurrent()
-        base = Modes.present()
+        base, handler = Modes.present(), warning_handler.present()
         arrival = worker.switch()
+        warning_handler.put_back(handler)
         base.apply()
         if isinstance(arrival, Arrival) and not worker.dead:
             self._waiting[id(worker.call)] = (worker, arrival)
@@ -88,6 +93,8 @@ class Lockstep:
 
     def close(self) -> None:
         """End the calls that still wait, where they are."""
+        handler = warning_handler.present()
         for worker, _ in self._waiting.values():
             worker.throw()
+            warning_handler.put_back(handler)
         self._waiting.clear()

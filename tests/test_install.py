@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each starts a Python of its own
+
 PACKAGES = ("hf_sparse", "trainer_callbacks", "model_cards")
 
 

@@ -22,7 +22,7 @@ FLOORS = {
     3: "cost room families metrics normal_equations allocations patterns updates storage runtime native "
     "groups blocks stored replace forwards in_step offload spill destination observe statistics report report_text recovery speed plot config plan allot claim",
     2: "sites registry data stdlib_text hashes meeting ranks",
-    1: "errors environment memory after_import wraps text schema",
+    1: "warning_handler errors environment memory after_import wraps text schema",
 }
 FLOOR = {
     name if name.partition(".")[0] in PACKAGES else f"hf_sparse.{name}": floor

@@ -9,6 +9,7 @@ from families_table import FAMILIES
 from models import llama, token_rows
 from torch.utils._pytree import tree_leaves
 
+from hf_sparse import SparsityConfig, prune_, warning_handler
 from hf_sparse.calibrate import ready
 from hf_sparse.families import find_sites
 from hf_sparse.forwards import walk
@@ -106,3 +107,14 @@ def test_closing_ends_the_calls_where_they_are() -> None:
     handle.remove()
     assert not reached
     assert torch.isfinite(model(rows).logits).all()  # nothing is left hooked up
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_torchs_own_warnings_go_where_they_went_before(batches: int) -> None:
+    """A pass that pauses inside of a function of torch must not leave the way that its warnings take pointing into its own stack."""
+    before = warning_handler.present()
+    rows = token_rows(2 * batches)
+    config = SparsityConfig(metric="wanda", update="reconstruct", calibration=rows, num_samples=len(rows), batch_size=2,
+                            options={"reconstruct": {"steps": 2}})  # fmt: skip
+    prune_(llama(), config)
+    assert warning_handler.present() == before
