@@ -16,10 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.remove(
-    str(Path(__file__).resolve().parent)
-)  # kernels.py there would pass for the package that Transformers looks for
-
 import torch
 import transformers
 from torch import distributed
