@@ -91,7 +91,7 @@ def together() -> Iterator[None]:
     Raises: ProcessLost where another process is gone, or silent for `timeout()` seconds.
     """
     if _local.meeting is not None:
-        _meet()
+        meet()
         with _one_error_for_all(_local.meeting):
             yield
         return
@@ -104,7 +104,7 @@ def together() -> Iterator[None]:
     try:
         with _one_error_for_all(meeting):
             yield
-            _meet()
+            meet()
         orderly = True
     except Exception:
         orderly = meeting.lost is None  # all have been told
@@ -172,11 +172,6 @@ def _exchange() -> Iterator[Meeting]:
         raise _Told(common)
 
 
-def _meet() -> None:
-    with _exchange():
-        pass
-
-
 def _gathered(value: Any) -> list[Any]:
     """What every process gives, as JSON: nothing that arrives is ever run."""
     meeting = _local.meeting
@@ -195,7 +190,8 @@ def _gathered(value: Any) -> list[Any]:
 def meet() -> None:
     """Wait until all processes are here; raises where one of them has failed meanwhile."""
     if _local.meeting is not None:
-        _meet()
+        with _exchange():
+            pass
 
 
 def gather(value: T) -> list[T]:
