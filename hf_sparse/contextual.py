@@ -84,7 +84,7 @@ def check(model: nn.Module, config: PredictorConfig) -> Layout:
     layout = Layout.of(model, config.dense_blocks, config.neuron_block)
     with torch.random.fork_rng([]):  # one without anything learned, to see what it could tell
         predictor = kind_of(config.kind, options)(layout, config.criterion, blank(layout), {"rank": 1, **options})
-    check_choices(predictor, layout.units(model), _selection(config))
+    check_choices(predictor, layout.units(model), selection_of(config))
     return layout
 
 
@@ -153,13 +153,14 @@ def predictors_paused(model: nn.Module, doing: str) -> Iterator[None]:
     yield
 
 
-def _selection(config: PredictorConfig) -> Selection:
+def selection_of(config: PredictorConfig) -> Selection:
+    """What a configuration keeps."""
     return Selection(keep_neurons=config.keep_neurons, keep_heads=config.keep_heads, mode=config.selection)
 
 
 def _switch_on(model: Any, carried: Carried) -> None:
     with evaluating(model):  # that a model in training mode is refused is said when it runs
-        carried.running = _run(model, carried.predictor, _selection(carried.config), carried.config.refresh_every)
+        carried.running = _run(model, carried.predictor, selection_of(carried.config), carried.config.refresh_every)
     carried.running.callback(object.__delattr__, model, "__deepcopy__")
     object.__setattr__(model, "__deepcopy__", partial(_copied, model))
 

@@ -14,7 +14,7 @@ from hf_sparse.cli.loading import add_loading, load_model, load_processor, model
 from hf_sparse.cli.prune import options as read_options
 from hf_sparse.config import PredictorConfig
 from hf_sparse.config.serialise import read_fields
-from hf_sparse.contextual import Carried, carried_by, detach, train_predictors_
+from hf_sparse.contextual import Carried, carried_by, detach, selection_of, train_predictors_
 from hf_sparse.destination import check_destination, complete_folder
 from hf_sparse.errors import ConfigError, HfSparseError
 from hf_sparse.plot import new_figure
@@ -213,7 +213,7 @@ def _table(
         tables.append(evaluate_predictors(model, predictors, arguments.text, selections, **measuring))
     if OWN in kinds and carried is not None:
         config = carried.config
-        used = Selection(keep_neurons=config.keep_neurons, keep_heads=config.keep_heads, mode=config.selection)
+        used = selection_of(config)
         others = [one for one in selections if one != used]
         tables.append(
             evaluate_predictors(
